@@ -1,0 +1,1 @@
+"""What more than one process needs: options, messages, channels, limits. Imports nothing else of ours and never torch."""

@@ -1,0 +1,259 @@
+"""The two wires: frontend <-> scheduler and scheduler <-> worker, as tagged unions of structs.
+
+Arrays on the wire: hot columns are packed little-endian int32 (`pack`/`unpack`), since a step of 256 rows decodes in
+3 us as columns and in 120 us as row structs. Structs are positional: a change of any field is a change of `PROTOCOL`,
+and peers of another protocol are refused at `Hello`.
+"""
+
+import sys
+from array import array
+from collections.abc import Iterable
+
+from msgspec import Struct
+
+from .config import EngineConfig
+from .model_info import ModelInfo
+from .sampling import SamplingParams
+
+PROTOCOL = 1
+MAX_FRAME_BYTES = 64 << 20
+
+assert sys.byteorder == "little" and array("i").itemsize == 4, "the wire's columns are little-endian int32"
+
+
+def pack(values: Iterable[int]) -> bytes:
+    return array("i", values).tobytes()
+
+
+def unpack(column: bytes) -> list[int]:
+    """Raises ValueError when `column` is not a whole number of int32."""
+    values = array("i")
+    values.frombytes(column)
+    return values.tolist()
+
+
+class Message(Struct, tag=True, array_like=True, frozen=True, gc=False):
+    """Base of everything that crosses a process boundary."""
+
+
+# --- both wires -------------------------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """The first message of a peer, repeated until it is welcomed and again whenever the scheduler's epoch changes."""
+
+    protocol: int
+    role: str  # "frontend", "worker" or "observer" (told of every Status, sends no requests)
+    name: str  # for logs: role, rank, host, pid
+    rank: int = 0  # of a worker
+    fingerprint: str = ""  # of the model a worker holds; "" before it is told which
+
+
+class Welcome(Message, frozen=True):
+    """The scheduler's answer to `Hello`: one command line decides for every process."""
+
+    epoch: int  # changes when the scheduler restarts; a peer that sees a new one starts over
+    config: EngineConfig
+    model: ModelInfo
+    rendezvous: str = ""  # where the ranks of a tensor-parallel group meet: file:///path or tcp://host:port
+
+
+class Refused(Message, frozen=True):
+    """The scheduler does not talk to this peer; it logs `why` and exits."""
+
+    why: str
+
+
+class Heartbeat(Message, frozen=True):
+    """Both ways, every `HEARTBEAT_S`."""
+
+    epoch: int
+
+
+HEARTBEAT_S = 1.0
+PEER_TIMEOUT_S = 5.0  # a peer unheard of for this long is gone
+
+
+# --- frontend -> scheduler --------------------------------------------------------------------------------------------
+
+
+class Submit(Message, frozen=True):
+    """One sequence to continue. `id` is the frontend's own and never used twice by it.
+
+    `output` holds the ids already received when a request is submitted again (to a restarted scheduler): generation
+    goes on behind them, and the indices of `Output` count from the first id of the whole output.
+    """
+
+    id: int
+    prompt: bytes  # int32, at least one
+    sampling: SamplingParams  # resolved: seed, max_tokens and stop_token_ids are final
+    waited_s: float = 0.0  # since the client's request arrived, for latencies that include the frontend
+    priority: int = 0  # lower runs first
+    tenant: str = ""
+    salt: str = ""  # prefixes are shared only between requests of equal salt
+    output: bytes = b""  # int32
+
+
+class Abort(Message, frozen=True):
+    ids: list[int]
+
+
+class GetStats(Message, frozen=True):
+    """Asks for `Stats` now."""
+
+
+# --- scheduler -> frontend --------------------------------------------------------------------------------------------
+
+
+class Capacity(Struct, array_like=True, frozen=True, gc=False):
+    """What the engine can hold, known once the workers have measured their memory."""
+
+    num_blocks: int  # usable KV blocks; the null block is not counted
+    block_size: int  # tokens
+    max_model_len: int  # tokens of prompt and output together
+    max_num_seqs: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+
+class Status(Message, frozen=True):
+    """Sent to frontends and observers when it changes. `capacity` is set from "ready" on."""
+
+    phase: str  # one of PHASES
+    progress: float = 0.0  # of the phase, 0 to 1
+    detail: str = ""
+    capacity: Capacity | None = None
+
+
+PHASES = ("connecting", "loading", "allocating", "warming up", "ready", "failed")
+
+
+class Output(Struct, array_like=True, frozen=True, gc=False):
+    """New ids of one request. A frontend drops ids it has (by index); a gap is an error."""
+
+    id: int
+    first_index: int  # position of tokens[0] in the output
+    tokens: list[int]
+    finish: str | None = None  # "stop" (a stop token, which is the last id), "length", "abort", "error"
+    num_cached: int = 0  # prompt tokens whose KV was found in the prefix cache at the first admission
+    error: str = ""  # why, when finish is "error"
+    rejection: str = ""  # "overloaded" or "too_long" when the request was never accepted (finish "error")
+
+
+class Outputs(Message, frozen=True):
+    """At most one per step and frontend."""
+
+    outputs: list[Output]
+
+
+class Stats(Message, frozen=True):
+    """The scheduler's metrics in Prometheus text format."""
+
+    text: bytes
+
+
+# --- worker -> scheduler ----------------------------------------------------------------------------------------------
+
+
+class Progress(Message, frozen=True):
+    phase: str  # one of PHASES
+    fraction: float
+    detail: str = ""
+
+
+class WorkerReady(Message, frozen=True):
+    """The weights are loaded. Answered with `Allocate`."""
+
+    rank: int
+    fingerprint: str
+    device: str  # human-readable
+    dtype: str
+    block_bytes: int  # of one KV block of this rank, all layers
+    available_bytes: int  # for the KV cache
+
+
+class Allocated(Message, frozen=True):
+    """KV memory is there and the model has run once: plans may come."""
+
+    rank: int
+
+
+class StepResult(Message, frozen=True):
+    """Of rank 0, one per `StepPlan`, in order. Row order is the plan's, only sampling rows are in it."""
+
+    epoch: int
+    step: int
+    counts: bytes  # int32: new tokens of each sampling row (more than one under speculation)
+    tokens: bytes  # int32, concatenated
+
+
+class RequestFault(Message, frozen=True):
+    """One row cannot go on (NaN logits, for one); its neighbours are untouched. Comes before the step's result."""
+
+    epoch: int
+    step: int
+    row: int
+    why: str
+
+
+class WorkerFault(Message, frozen=True):
+    """This worker cannot go on; it exits after sending this."""
+
+    rank: int
+    why: str
+
+
+# --- scheduler -> worker ----------------------------------------------------------------------------------------------
+
+
+class Allocate(Message, frozen=True):
+    """Allocate KV memory (block 0 is the null block, besides `num_blocks` usable ones) and forget every row.
+
+    Also sent to a worker that is already allocated, when the epoch is new: memory of the same size is kept.
+    """
+
+    epoch: int
+    num_blocks: int
+    block_size: int
+
+
+class Admitted(Struct, array_like=True, frozen=True, gc=False):
+    """A request gets a row. Everything the worker will ever be told of it, save growth and release."""
+
+    row: int
+    tokens: bytes  # int32: prompt and any output so far
+    num_prompt: int  # of those, how many are prompt (penalties and positions of sampling need the border)
+    sampling: SamplingParams
+    blocks: list[int]  # the whole block table so far
+
+
+class StepPlan(Message, frozen=True):
+    """One step. The plan is a log: a worker replays plans in order, so a block may be reused the moment it is freed.
+
+    Applied in field order: rows are released, then admitted, then block tables grow, then the forward pass runs over
+    `rows[i]`, tokens [starts[i], starts[i] + counts[i]), KV of all earlier tokens being in place, then a token is
+    sampled for each i with samples[i]; it is appended to the row, on the device too, so that a later plan may name it
+    before its value has come back. Prefilling rows (counts > 1) and decoding ones come in any order.
+    """
+
+    epoch: int
+    step: int
+    released: list[int]  # rows
+    admitted: list[Admitted]
+    new_blocks: list[tuple[int, list[int]]]  # (row, blocks appended to its table); admitted rows' are in `admitted`
+    rows: bytes  # int32
+    starts: bytes  # int32
+    counts: bytes  # int32, >= 1
+    samples: bytes  # uint8, 0 or 1
+
+
+class Shutdown(Message, frozen=True):
+    """Finish and exit with code 0."""
+
+
+FromFrontend = Hello | Heartbeat | Submit | Abort | GetStats
+ToFrontend = Welcome | Refused | Heartbeat | Status | Outputs | Stats | Shutdown
+FromWorker = Hello | Heartbeat | Progress | WorkerReady | Allocated | StepResult | RequestFault | WorkerFault
+ToWorker = Welcome | Refused | Heartbeat | Allocate | StepPlan | Shutdown
