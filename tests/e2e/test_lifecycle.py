@@ -1,0 +1,116 @@
+"""Starting, stopping and dying: what is answered when, what is finished, and that nothing is left behind."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from .server import Server, wait_until
+
+LONG = {"model": "demo", "prompt": "x", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+def test_http_answers_while_the_model_loads(server: Server) -> None:
+    """/health is 200 as soon as anything answers; /ready says the phase; requests are told when to come back."""
+    seen = set()
+    while True:
+        try:
+            ready = server.http.get("/ready")
+        except httpx.HTTPError:
+            time.sleep(0.01)
+            continue
+        assert server.http.get("/health").status_code == 200
+        if ready.status_code == 200:
+            break
+        assert ready.status_code == 503
+        seen.add(ready.json()["phase"])
+        assert 0 <= ready.json()["progress"] <= 1
+        refused = server.http.post("/v1/completions", json=LONG)
+        if refused.status_code != 200:  # it may have become ready between the two
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["code"] == "not_ready"
+    assert seen
+
+
+def test_sigterm_lets_running_requests_finish(server: Server) -> None:
+    whole = server.wait_ready().http.post("/v1/completions", json=LONG).json()["choices"][0]["text"]
+    answers: list[str] = []
+
+    def ask() -> None:
+        with (
+            httpx.Client(base_url=server.url, timeout=60) as http,
+            http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream,
+        ):
+            lines = [line[6:] for line in stream.iter_lines() if line.startswith("data: {")]
+        answers.append("".join(json.loads(line)["choices"][0]["text"] for line in lines))
+
+    clients = [threading.Thread(target=ask) for _ in range(8)]
+    for client in clients:
+        client.start()
+    wait_until(lambda: server.metric("vllm:num_requests_running") == 8)
+    assert server.stop() == 0
+    for client in clients:
+        client.join()
+    assert answers == [whole] * 8
+
+
+def test_ctrl_c_ends_it_with_one_line(server: Server) -> None:
+    server.wait_ready().process.send_signal(signal.SIGINT)
+    output = server.read_output()
+    assert server.process.returncode == 0
+    assert "Traceback" not in output
+
+
+def test_sigkill_of_the_supervisor_leaves_no_process(server: Server) -> None:
+    tree = server.wait_ready().tree()
+    assert len(tree) >= 4  # supervisor, frontend, scheduler, worker
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+    _, alive = psutil.wait_procs(tree[1:], timeout=5)
+    assert not alive
+
+
+@pytest.mark.parametrize("part", ["scheduler", "worker"])
+def test_the_death_of_a_part_is_named_and_ends_all(server: Server, part: str) -> None:
+    tree = server.wait_ready().tree()
+    victim = next(p for p in tree if f"quire.launch.{part}" in " ".join(p.cmdline()))
+    victim.kill()
+    output = server.read_output()
+    assert server.process.returncode == 70
+    assert part in output
+    assert "signal 9" in output
+    _, alive = psutil.wait_procs(tree, timeout=5)
+    assert not alive
+
+
+def test_frontend_and_scheduler_stay_small(demo: Server) -> None:
+    """150 MB each with the built-in model, after it has served."""
+    demo.complete("hello", max_tokens=4)
+    sizes = {}
+    for process in demo.tree():
+        for part in ("frontend", "scheduler"):
+            if f"quire.launch.{part}" in " ".join(process.cmdline()):
+                sizes[part] = process.memory_info().rss / 1e6
+    assert sizes.keys() == {"frontend", "scheduler"}
+    assert max(sizes.values()) <= 150, sizes
+
+
+def test_nothing_is_left_in_the_run_directory(tmp_path: Path) -> None:
+    with Server("--run-dir", tmp_path / "run") as server:
+        server.wait_ready()
+        assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
