@@ -1,0 +1,94 @@
+"""The KV blocks: who holds them, which are free, and which hold content that somebody may want again."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+NULL_BLOCK = 0  # padding is written there; never handed out
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold `num_tokens`."""
+    return -(-num_tokens // block_size)
+
+
+class BlockPool:
+    """Blocks 1 to `num_blocks`, reference-counted. Every operation is O(1) for a block.
+
+    A block that nobody holds is free, and keeps its published content until it is handed out again. Free blocks
+    without content go first, then those unused for longest.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._refs = [0] * (num_blocks + 1)
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
+        self._content: dict[int, tuple[bytes, bytes]] = {}  # block -> digest of its prefix, bytes of its own tokens
+        self._by_digest: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_published(self) -> int:
+        return len(self._content)
+
+    def is_free(self, block: int) -> bool:
+        return self._refs[block] == 0
+
+    def take(self, count: int) -> list[int]:
+        """`count` blocks to write to, held once; their old content is forgotten. There must be that many free ones."""
+        assert count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
+        blocks = []
+        for _ in range(count):
+            block, _ = self._free.popitem(last=False)
+            self.retract(block)
+            self._refs[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more holder for each block that `find` returned."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                del self._free[block]
+            self._refs[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One holder less. Tail first: a chain is of no use without its root, so the root is to live longest."""
+        for block in reversed(blocks):
+            self._refs[block] -= 1
+            assert self._refs[block] >= 0, f"block {block} was released too often"
+            if self._refs[block] == 0:
+                self._free[block] = None
+                if block not in self._content:
+                    self._free.move_to_end(block, last=False)
+
+    def publish(self, block: int, digest: bytes, tokens: bytes) -> None:
+        """Let `find` return a held block. No effect when a block of equal content, or this one, is published."""
+        if digest not in self._by_digest and block not in self._content:
+            self._by_digest[digest] = block
+            self._content[block] = (digest, tokens)
+
+    def retract(self, block: int) -> None:
+        """Undo `publish`, if there was one."""
+        if content := self._content.pop(block, None):
+            del self._by_digest[content[0]]
+
+    def find(self, digest: bytes, tokens: bytes) -> int | None:
+        """The published block of this prefix. Its tokens are compared too, so a collision is a miss."""
+        block = self._by_digest.get(digest)
+        if block is None or self._content[block][1] != tokens:
+            return None
+        return block
+
+    def check(self, tables: Iterable[Sequence[int]]) -> None:
+        """Raises AssertionError unless free and held blocks are all there are, `tables` being all block tables."""
+        holders = Counter(block for table in tables for block in table)
+        assert NULL_BLOCK not in holders and NULL_BLOCK not in self._free, "the null block was handed out"
+        for block in range(1, self.num_blocks + 1):
+            refs = self._refs[block]
+            assert refs == holders[block], f"block {block} counts {refs} holders and has {holders[block]}"
+            assert (block in self._free) == (refs == 0), f"block {block} with {refs} holders is in the wrong place"
+        assert len(self._free) + len(holders) == self.num_blocks, "a block is neither free nor held"
+        assert {digest: block for block, (digest, _) in self._content.items()} == self._by_digest, "index out of step"

@@ -1,0 +1,91 @@
+"""What the metrics are told. The scheduler has no clock; times come in from the process's loop."""
+
+from collections import Counter
+
+from prometheus_client import Histogram
+
+from ..common.messages import Output
+from ..common.metrics import Metrics
+from .request import Request
+from .scheduler import Scheduler, Step
+
+
+class Recorder:
+    """Writes one engine's `Metrics`. Times are seconds of one monotonic clock."""
+
+    def __init__(self, model: str, *, caching: bool) -> None:
+        self.metrics = Metrics(model)
+        self._model = model
+        self._caching = caching
+
+    def rejected(self, reason: str) -> None:
+        self.metrics.rejections.labels(self._model, reason).inc()
+
+    def dispatched(self, step: Step, now: float) -> None:
+        metrics = self.metrics
+        metrics.steps.inc()
+        metrics.step_tokens.observe(step.num_tokens)
+        metrics.preemptions.inc(step.num_preempted)
+        for request in step.admitted:
+            cached = request.num_cached or 0
+            metrics.queue_time.observe(now - request.arrived_at)
+            metrics.prompt_tokens.inc(request.num_prompt)
+            metrics.prompt_tokens_cached.inc(cached)
+            if self._caching:
+                metrics.prefix_queries.inc(request.num_prompt)
+                metrics.prefix_hits.inc(cached)
+
+    def answered(self, news: list[tuple[Request, Output]], took_s: float, now: float) -> None:
+        """`took_s`: from the step's dispatch to its result."""
+        metrics = self.metrics
+        metrics.step_time.observe(took_s)
+        gaps: Counter[float] = Counter()  # rows that decode together share one gap
+        num_tokens = 0
+        for request, output in news:
+            if output.tokens:
+                num_tokens += len(output.tokens)
+                if output.first_index:
+                    gaps[request.last_token_at] += 1
+                else:
+                    metrics.ttft.observe(now - request.arrived_at)
+                request.last_token_at = now
+            if output.finish is not None:
+                self.ended(request, output.finish, now)
+        for last, count in gaps.items():
+            _observe(metrics.itl, now - last, count)
+        metrics.generation_tokens.inc(num_tokens)
+
+    def ended(self, request: Request, reason: str, now: float) -> None:
+        metrics = self.metrics
+        metrics.success.labels(self._model, reason).inc()
+        metrics.e2e.observe(now - request.arrived_at)
+        metrics.request_prompt_tokens.observe(request.num_prompt)
+        metrics.request_generation_tokens.observe(request.num_output)
+
+    def aborted(self) -> None:
+        """Counted, but its latency and length say nothing of the engine's."""
+        self.metrics.success.labels(self._model, "abort").inc()
+
+    def peers(self, role: str, count: int) -> None:
+        self.metrics.peers.labels(self._model, role).set(count)
+
+    def bad_frame(self, wire: str) -> None:
+        self.metrics.bad_frames.labels(self._model, wire).inc()
+
+    def levels(self, scheduler: Scheduler) -> None:
+        """Gauges are set when somebody looks."""
+        pool, metrics = scheduler.pool, self.metrics
+        metrics.running.set(len(scheduler.running))
+        metrics.waiting.set(len(scheduler.waiting))
+        metrics.blocks_total.set(pool.num_blocks)
+        metrics.blocks_free.set(pool.num_free)
+        metrics.kv_usage.set(1 - pool.num_free / pool.num_blocks)
+
+
+def _observe(histogram: Histogram, value: float, count: int) -> None:
+    """`count` observations of one value. The library only has them one by one, at 2 us each: too slow for every token."""
+    histogram._sum.inc(value * count)
+    for bound, bucket in zip(histogram._upper_bounds, histogram._buckets, strict=True):
+        if value <= bound:
+            bucket.inc(count)
+            break

@@ -1,0 +1,248 @@
+"""A device without tensors that replays plans from the wire and checks every KV read, and random runs through it.
+
+KV is modelled by what it stands for: slot p of a sequence must hold the hash of tokens [0, p]. A read of anything else,
+however it came about, is an AssertionError.
+"""
+
+import random
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+
+from quire.common.channel import Codec, encode
+from quire.common.config import CacheConfig, SchedulerConfig
+from quire.common.messages import StepPlan, StepResult, pack, unpack
+from quire.common.sampling import SamplingParams
+from quire.scheduler.request import Request
+from quire.scheduler.scheduler import Scheduler
+
+STOP = 3
+VOCABULARY = 13
+MAX_MODEL_LEN = 40
+
+
+@dataclass
+class Row:
+    tokens: list[int]
+    limit: int
+    blocks: list[int]
+    prefixes: list[int] = field(default_factory=list)  # hash of tokens [0, p] for each p
+    computed: int | None = None  # KV so far; None before the first chunk, which may begin behind a cached prefix
+
+    def prefix(self, position: int) -> int:
+        while len(self.prefixes) <= position:
+            parent = self.prefixes[-1] if self.prefixes else 0
+            self.prefixes.append(hash((parent, self.tokens[len(self.prefixes)])))
+        return self.prefixes[position]
+
+
+def sample(prefix: int) -> int:
+    """The token that follows a prefix: any function of it will do."""
+    return hash((prefix, 7)) % VOCABULARY
+
+
+class Device:
+    """A worker that holds the contract of `StepPlan` against whoever wrote the plan."""
+
+    def __init__(self, num_blocks: int, block_size: int, num_rows: int, budget: int) -> None:
+        self.num_blocks, self.block_size, self.num_rows, self.budget = num_blocks, block_size, num_rows, budget
+        self.kv: dict[int, list[int | None]] = {}
+        self.rows: dict[int, Row] = {}
+        self.step = 0
+        self.num_cached_reads = 0
+        self._codec: Codec[StepPlan] = Codec(StepPlan)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        decoded = self._codec.decode(encode(plan))
+        assert decoded == plan, "the plan changed on the wire"
+        self.step += 1
+        assert plan.step == self.step, "a plan is missing"
+        for row in plan.released:
+            del self.rows[row]
+        for admitted in plan.admitted:
+            assert 0 <= admitted.row < self.num_rows and admitted.row not in self.rows, "row is taken"
+            tokens = unpack(admitted.tokens)
+            limit = min(admitted.num_prompt + (admitted.sampling.max_tokens or 0), MAX_MODEL_LEN)
+            self.rows[admitted.row] = Row(tokens, limit, list(admitted.blocks))
+        for row, blocks in plan.new_blocks:
+            self.rows[row].blocks += blocks
+        for row in self.rows.values():
+            assert all(1 <= block <= self.num_blocks for block in row.blocks), "no such block, or the null block"
+            assert len(set(row.blocks)) == len(row.blocks), "a block twice in one table"
+        return self._forward(plan)
+
+    def _forward(self, plan: StepPlan) -> StepResult:
+        rows, starts, counts = unpack(plan.rows), unpack(plan.starts), unpack(plan.counts)
+        assert len(rows) == len(starts) == len(counts) == len(plan.samples) == len(set(rows)) > 0
+        assert min(counts) >= 1 and sum(counts) <= self.budget
+        # Reads of earlier KV come before any write of this step: a kernel gives no order between rows.
+        for index, start in zip(rows, starts, strict=True):
+            self._read(self.rows[index], start)
+        tokens = []
+        for index, start, count, samples in zip(rows, starts, counts, plan.samples, strict=True):
+            row, end = self.rows[index], start + count
+            assert end <= len(row.tokens), "a token is computed before it is known"
+            for position in range(start, end):
+                block = self.kv.setdefault(row.blocks[position // self.block_size], [None] * self.block_size)
+                block[position % self.block_size] = row.prefix(position)
+            row.computed = end
+            if samples:
+                assert end == len(row.tokens) < row.limit, "a sample too early or too many"
+                row.tokens.append(sample(row.prefix(end - 1)))
+                tokens.append(row.tokens[-1])
+        for index, start, count in zip(rows, starts, counts, strict=True):
+            self._read(self.rows[index], start + count)
+        return StepResult(plan.epoch, plan.step, pack([1] * len(tokens)), pack(tokens))
+
+    def _read(self, row: Row, end: int) -> None:
+        if row.computed is None:
+            row.computed = end
+            self.num_cached_reads += end
+        assert row.computed == end, "a gap in the KV, or work done twice"
+        for position in range(end):
+            block = self.kv.get(row.blocks[position // self.block_size])
+            assert block is not None, "KV that was never written"
+            assert block[position % self.block_size] == row.prefix(position), "KV of another prefix"
+
+
+@dataclass
+class Outcome:
+    """What a client saw. The ids come from its own copies of `Output`, as a frontend would collect them."""
+
+    tokens: list[int]
+    finish: str | None = None
+
+
+@dataclass
+class Totals:
+    """That the runs together went everywhere."""
+
+    steps: int = 0
+    preempted: int = 0
+    cached: int = 0
+    aborted: int = 0
+    resubmitted: int = 0
+    faulted: int = 0
+
+
+class Run:
+    """Random requests through one scheduler and device. `depth` must not show in any token."""
+
+    def __init__(self, seed: int, depth: int, *, make: type[Scheduler] = Scheduler) -> None:
+        self.rng = rng = random.Random(seed)
+        self.depth = depth
+        self.block_size = rng.choice((1, 2, 4, 4, 5))
+        num_blocks = -(-MAX_MODEL_LEN // self.block_size) + rng.choice((0, 0, 1, 4, 20))
+        config = SchedulerConfig(max_num_seqs=rng.randint(1, 6), max_num_batched_tokens=rng.randint(1, 24))
+        cache = CacheConfig(block_size=self.block_size, enable_prefix_caching=rng.random() < 0.85)
+        self.scheduler = make(config, cache, num_blocks, MAX_MODEL_LEN)
+        self.device = Device(num_blocks, self.block_size, config.max_num_seqs, config.max_num_batched_tokens)
+        self.todo = deque(self._requests())
+        self.live: dict[int, Request] = {}
+        self.outcomes: dict[int, Outcome] = {}
+        self.sent: deque[StepPlan] = deque()
+        self.totals = Totals()
+
+    def _requests(self) -> list[Request]:
+        rng = self.rng
+        shared = [rng.randrange(VOCABULARY) for _ in range(20)]
+        priorities = rng.choice(((0,), (0, 0, 5), (-1, 0, 1)))
+        requests: list[Request] = []
+        for id in range(rng.randint(1, 14)):
+            prompt = shared[: rng.randint(0, 20)] if rng.random() < 0.6 else []
+            prompt = prompt + [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 9))]
+            if requests and rng.random() < 0.2:  # as several choices of one request
+                prompt = requests[-1].tokens.tolist()
+            sampling = SamplingParams(
+                max_tokens=rng.randint(1, 20),
+                min_tokens=rng.choice((0, 0, 1)),
+                stop_token_ids=rng.choice(([], [STOP])),
+                seed=0,
+            )
+            requests.append(Request(id, array("i", prompt), len(prompt), sampling, rng.choice(priorities)))
+        return requests
+
+    def play(self, *, aborts: bool = False, restarts: bool = False, faults: bool = False) -> dict[int, Outcome]:
+        """Until every request has ended; what happened when is random, and does not depend on `depth` alone."""
+        rng, scheduler = self.rng, self.scheduler
+        while self.todo or not scheduler.idle:
+            while self.todo and rng.random() < 0.4:
+                self._add(self.todo.popleft())
+            if aborts and self.live and rng.random() < 0.06:
+                self._abort(rng.choice(list(self.live)))
+            if restarts and self.live and rng.random() < 0.04:
+                self._resubmit(rng.choice(list(self.live)))
+            while len(self.sent) < self.depth and (step := scheduler.schedule()):
+                self.sent.append(step.plan)
+                self.totals.preempted += step.num_preempted
+                self.totals.cached += sum(request.num_cached or 0 for request in step.admitted)
+            if self.sent:
+                result = self.device.run(self.sent.popleft())
+                if faults and rng.random() < 0.04:
+                    result = self._break(result)
+                for _, output in scheduler.update(result):
+                    self._collect(output.id, output.first_index, output.tokens, output.finish)
+            scheduler.check()
+            self.totals.steps += 1
+            assert self.totals.steps < 5000, "no progress"
+        assert not self.live and scheduler.pool.num_free == scheduler.pool.num_blocks, "a request or a block is left"
+        return self.outcomes
+
+    def _add(self, request: Request) -> None:
+        assert self.scheduler.rejection(request) is None
+        self.live[request.id] = request
+        self.outcomes.setdefault(request.id, Outcome([]))
+        if output := self.scheduler.add(request):
+            self._collect(output.id, output.first_index, output.tokens, output.finish)
+
+    def _abort(self, id: int) -> None:
+        self.scheduler.abort(self.live.pop(id))
+        self.outcomes[id].finish = "abort"
+        self.totals.aborted += 1
+
+    def _resubmit(self, id: int) -> None:
+        """What a frontend does when its scheduler was restarted: the same request with the output it holds."""
+        old = self.live.pop(id)
+        self.scheduler.abort(old)
+        tokens = old.tokens[: old.num_prompt] + array("i", self.outcomes[id].tokens)
+        self._add(Request(id, tokens, old.num_prompt, old.sampling, old.priority))
+        self.totals.resubmitted += 1
+
+    def _break(self, result: StepResult) -> StepResult:
+        """A worker gives up a row of the step, or forgets the token of one, or returns nonsense."""
+        self.totals.faulted += 1
+        step = self.scheduler.dispatched[0]
+        row = self.rng.choice(unpack(step.plan.rows))
+        counts, tokens = unpack(result.counts), unpack(result.tokens)
+        kind = self.rng.choice(("fault", "no token", "nonsense"))
+        if kind == "fault" and (news := self.scheduler.fault(result.step, row, "NaN")):
+            self._collect(news[1].id, news[1].first_index, news[1].tokens, news[1].finish)
+        if kind == "no token" and counts:
+            forgotten = self.rng.randrange(len(counts))
+            counts[forgotten] = 0
+            del tokens[forgotten]
+        columns = b"abc" if kind == "nonsense" else pack(counts)
+        return StepResult(result.epoch, result.step, columns, pack(tokens))
+
+    def _collect(self, id: int, first_index: int, tokens: list[int], finish: str | None) -> None:
+        assert id in self.live, "news of a request that has ended"
+        outcome = self.outcomes[id]
+        assert first_index == len(outcome.tokens), "a gap or a repetition in the output"
+        outcome.tokens += tokens
+        if finish is not None:
+            outcome.finish = finish
+            del self.live[id]
+
+
+def expected(request: Request) -> Outcome:
+    """What a request's output must be, whoever else runs: the definition, one token after the other."""
+    row = Row(list(request.tokens), 0, [])
+    limit = min(request.num_prompt + (request.sampling.max_tokens or 0), MAX_MODEL_LEN)
+    while True:
+        token = sample(row.prefix(len(row.tokens) - 1))
+        row.tokens.append(token)
+        output = row.tokens[request.num_prompt :]
+        if token in request.sampling.stop_token_ids and len(output) > request.sampling.min_tokens:
+            return Outcome(output, "stop")
+        if len(row.tokens) >= limit:
+            return Outcome(output, "length")

@@ -1,0 +1,52 @@
+"""Whatever a Submit holds, it becomes a valid request or one refusal."""
+
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire.common.messages import Submit, pack
+from quire.common.sampling import SamplingParams
+from quire.scheduler import intake
+
+VOCABULARY = 50
+SAMPLING = SamplingParams(max_tokens=4, seed=1)
+IDS = st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(0, VOCABULARY - 1), max_size=5)
+
+
+@given(IDS, IDS)
+def test_ids_are_kept_or_refused(prompt: list[int], output: list[int]) -> None:
+    submit = Submit(3, pack(prompt), SAMPLING, output=pack(output))
+    if prompt and all(0 <= id < VOCABULARY for id in prompt + output):
+        request = intake.request(submit, b"client", VOCABULARY, 1.0)
+        assert request.tokens == array("i", prompt + output) and request.num_prompt == len(prompt)
+        assert (request.id, request.client, request.limit) == (3, b"client", len(prompt) + 4)
+    else:
+        with pytest.raises(intake.Malformed):
+            intake.request(submit, b"client", VOCABULARY, 1.0)
+
+
+@given(st.binary(max_size=9), st.binary(max_size=9))
+def test_any_bytes_are_read_or_refused(prompt: bytes, output: bytes) -> None:
+    try:
+        request = intake.request(Submit(3, prompt, SAMPLING, output=output), b"", VOCABULARY, 0.0)
+    except intake.Malformed as refusal:
+        assert str(refusal)
+    else:
+        assert request.tokens.tobytes() == prompt + output
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(max_tokens=None, seed=1),
+        SamplingParams(max_tokens=4),
+        SamplingParams(max_tokens=4, seed=1, n=2),
+        SamplingParams(max_tokens=4, seed=1, stop_token_ids=[VOCABULARY]),
+        SamplingParams(max_tokens=4, seed=1, logit_bias={VOCABULARY: 1.0}),
+    ],
+)
+def test_unresolved_sampling_is_refused(sampling: SamplingParams) -> None:
+    with pytest.raises(intake.Malformed):
+        intake.request(Submit(3, pack([1]), sampling), b"", VOCABULARY, 0.0)
