@@ -1,0 +1,178 @@
+"""Requests in text: prompts in, text out as it comes. What the HTTP routes and the Python API both stand on."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+import msgspec
+from msgspec.msgpack import encode
+
+from ..common.errors import RequestError
+from ..common.sampling import INT64_MAX, MAX_TOKEN_IDS, SamplingParams
+from .detokenizer import Detokenizer
+from .engine_client import EngineClient
+from .outputs import CompletionOutput, RequestOutput
+from .streams import Routing, TokenStream
+from .tokenizer import Tokenizer
+
+
+class Generator:
+    """Serves requests through `client`, with the model's `tokenizer`."""
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer) -> None:
+        self.client = client
+        self.tokenizer = tokenizer
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        arrival: float | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        salt: str = "",
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Deltas of one request, at most one per reading, merged when the reader is slow.
+
+        Ends when every choice has; closing the iterator early, or cancelling the task that reads it, aborts the rest.
+        `arrival` is a time.monotonic(). Raises RequestError for a request that cannot be served, before anything is
+        submitted, and EngineError.
+        """
+        text = prompt if isinstance(prompt, str) else None
+        ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        routing = Routing(arrival=arrival, priority=priority, tenant=tenant, salt=salt)
+        async with aclosing(self.generate_many([ids], params, request_id=request_id, routing=routing)) as outputs:
+            async for _, output in outputs:
+                output.prompt = text
+                yield output
+
+    async def generate_many(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, request_id: str, routing: Routing
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """As `generate`, for several prompts under one request: index of the prompt, and its delta."""
+        _check_routing(routing)
+        resolved = [self.resolve(prompt, params) for prompt in prompts]
+        wake = asyncio.Event()
+        requests: list[_Request] = []
+        try:
+            for prompt, sampling in zip(prompts, resolved, strict=True):
+                requests.append(_Request(prompt))
+                for index in range(params.n):
+                    sampled = msgspec.structs.replace(sampling, seed=_shifted(sampling.seed or 0, index))
+                    stream = self.client.submit(prompt, sampled, routing=routing, wake=wake)
+                    text = Detokenizer(self.tokenizer.backend, self.tokenizer.special_ids, prompt, params)
+                    requests[-1].choices.append(_Choice(index, stream, text))
+            running = list(enumerate(requests))
+            while running:
+                wake.clear()
+                moved = [
+                    (index, output) for index, request in running if (output := request.advance(request_id)) is not None
+                ]
+                for item in moved:
+                    yield item
+                running = [(index, request) for index, request in running if not request.finished]
+                if running and not moved:
+                    await wake.wait()
+        finally:
+            for request in requests:
+                request.close()
+
+    def resolve(self, ids: Sequence[int], params: SamplingParams, *, param: str = "prompt") -> SamplingParams:
+        """What the engine is sent for this prompt; raises RequestError, naming `param`, when it cannot be served."""
+        model, capacity = self.client.model, self.client.capacity
+        limit = model.max_model_len
+        if not ids:
+            raise RequestError("the prompt is empty; it must hold at least one token", param=param)
+        if min(ids) < 0 or max(ids) >= model.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < model.vocab_size)
+            raise RequestError(
+                f"token id {wrong} is not in the vocabulary, which has ids 0 to {model.vocab_size - 1}", param=param
+            )
+        if len(ids) >= limit:
+            raise RequestError(
+                f"this model's maximum context length is {limit} tokens, and the prompt has {len(ids)}; it must leave room for at least one more",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if capacity is not None and len(ids) >= capacity.num_tokens:
+            raise RequestError(
+                f"the KV cache holds {capacity.num_tokens} tokens, and the prompt has {len(ids)}",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if params.max_tokens is not None and params.max_tokens > limit:
+            raise RequestError(
+                f"max_tokens must not exceed the context length of {limit} tokens, got {params.max_tokens}",
+                param="max_tokens",
+            )
+        resolved = params.resolve(eos_token_ids=model.eos_token_ids, vocab_size=model.vocab_size, room=limit - len(ids))
+        if len(resolved.stop_token_ids) > MAX_TOKEN_IDS:  # with the model's own, more than the wire takes
+            raise RequestError(
+                f"stop_token_ids: at most {MAX_TOKEN_IDS - len(model.eos_token_ids)} ids", param="stop_token_ids"
+            )
+        return resolved
+
+
+class _Request:
+    """The sequences of one prompt."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.choices: list[_Choice] = []
+        self._prompt = list(prompt)
+        self._num_cached = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(choice.finished for choice in self.choices)
+
+    def advance(self, request_id: str) -> RequestOutput | None:
+        """What is new, or None. Raises what ended a sequence."""
+        moved = [output for choice in self.choices if not choice.finished and (output := choice.advance()) is not None]
+        if not moved:
+            return None
+        self._num_cached = self._num_cached or max(choice.num_cached for choice in self.choices)
+        return RequestOutput(
+            request_id, None, self._prompt, moved, finished=self.finished, num_cached_tokens=self._num_cached
+        )
+
+    def close(self) -> None:
+        for choice in self.choices:
+            choice.stream.close()
+
+
+class _Choice:
+    """One of the sequences of a request."""
+
+    def __init__(self, index: int, stream: TokenStream, detokenizer: Detokenizer) -> None:
+        self.index = index
+        self.stream = stream
+        self.finished = False
+        self.num_cached = 0
+        self._detokenizer = detokenizer
+
+    def advance(self) -> CompletionOutput | None:
+        """What is new, or None. Raises what ended the sequence."""
+        delta = self.stream.take()
+        if delta is None:
+            return None
+        self.num_cached = delta.num_cached
+        new = self._detokenizer.push(delta.tokens, delta.finish)
+        if new.finish_reason is not None:
+            self.finished = True
+            self.stream.close()  # the engine does not know of stop strings
+        return CompletionOutput(self.index, new.text, new.token_ids, new.finish_reason, new.stop_reason)
+
+
+def _check_routing(routing: Routing) -> None:
+    """What cannot cross the wire must not reach it: one connection carries everybody's requests."""
+    try:
+        encode(routing)
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise RequestError(f"priority, tenant or salt cannot be sent: {error}", param="priority") from None
+
+
+def _shifted(seed: int, by: int) -> int:
+    """`seed + by` within int64, wrapping around."""
+    return (seed + by + 2**63) % 2**64 - 2**63 if seed > INT64_MAX - by else seed + by

@@ -1,0 +1,172 @@
+"""Bodies of requests, from bytes to what the generator takes. Every refusal names the field."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import pydantic
+from starlette.requests import Request
+
+from ...common.errors import RequestError
+from ...common.sampling import SamplingParams, check
+from ..chat_template import ChatOptions
+from ..streams import Routing
+from .protocol import UNSUPPORTED, UNSUPPORTED_IN_MESSAGE, Body, ChatInput, ChatMessage, ContentPart, GenerationRequest
+
+B = TypeVar("B", bound=Body)
+MAX_NAMED = 10  # unknown fields that a warning names
+
+# Accepted without effect, and said so: they ask for bookkeeping at the provider's, not for another answer.
+WITHOUT_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store"})
+
+
+async def read(request: Request, body_type: type[B]) -> B:
+    """The body of a request; raises RequestError for one that is not JSON, not of this type, or asks for what is not there."""
+    return validated(await read_json(request), body_type)
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # also keeps web pages of other origins out: a form may be posted anywhere
+        raise RequestError(f"the Content-Type must be application/json, got {kind[:80] or 'none'}")
+    content = await request.body()
+    try:
+        value = json.loads(content, parse_constant=_refuse_constant)
+        if b"\\ud" in content.lower():  # half of a surrogate pair is a str to Python and no text to anybody
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise RequestError("the body is nested too deeply") from None
+    except UnicodeError:
+        raise RequestError("the body holds text that is not valid Unicode") from None
+    except ValueError as error:
+        raise RequestError(f"the body is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"the body must be a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def validated(fields: Mapping[str, Any], body_type: type[B]) -> B:
+    try:
+        body = body_type.model_validate(fields)
+    except pydantic.ValidationError as error:
+        raise _explained(error) from None
+    for name, value, path, unused in _extras(body):
+        if name in unused and not _is_unused(value, unused[name]):
+            raise RequestError(f"{path} is not supported by this server; leave it out", param=path)
+    return body
+
+
+def warnings(body: Body, *, strict: bool) -> dict[str, str]:
+    """A header that names the fields which had no effect; with `strict` a RequestError instead."""
+    unknown = [path for name, value, path, unused in _extras(body) if name not in unused and value is not None]
+    if not unknown:
+        return {}
+    if strict:
+        raise RequestError(
+            f"unknown field {unknown[0][:100]!r} (the server runs with --strict-fields)", param=unknown[0][:100]
+        )
+    named = ", ".join(path[:100] for path in unknown[:MAX_NAMED]) + (", ..." if len(unknown) > MAX_NAMED else "")
+    return {
+        "X-Quire-Warning": "fields without effect: "
+        + named.encode("ascii", "backslashreplace").decode().replace("\n", " ").replace("\r", " ")
+    }
+
+
+def sampling_of(
+    body: GenerationRequest, defaults: Mapping[str, float | int], *, max_tokens: int | None
+) -> SamplingParams:
+    """The request's parameters over the model's recommended `defaults`; `max_tokens` where neither is set."""
+    asked = {name: value for name in body.SAMPLING if (value := getattr(body, name)) is not None}
+    if isinstance(asked.get("stop"), str):
+        asked["stop"] = [asked["stop"]]
+    return check({"max_tokens": max_tokens, **defaults, **asked})
+
+
+def routing_of(request: Request, body: GenerationRequest) -> Routing:
+    """Keys do not share prefixes: a hit would tell one what another has asked."""
+    principal: str = request.scope["state"].get("principal", "")
+    salt = body.cache_salt or ""
+    return Routing(
+        arrival=time.monotonic(),
+        priority=body.priority,
+        tenant=principal or body.user or "",
+        salt=f"{principal}:{salt}" if principal else salt,
+    )
+
+
+def messages_of(body: ChatInput) -> list[dict[str, Any]]:
+    """The messages as templates expect them: content as one string."""
+    return [_plain_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
+
+
+def chat_options_of(body: ChatInput) -> ChatOptions:
+    if body.add_generation_prompt and body.continue_final_message:
+        raise RequestError(
+            "add_generation_prompt and continue_final_message exclude each other", param="continue_final_message"
+        )
+    prompted = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+    return ChatOptions(
+        add_generation_prompt=prompted,
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=body.add_special_tokens,
+        template_kwargs=body.chat_template_kwargs or {},
+    )
+
+
+def _plain_message(message: ChatMessage, path: str) -> dict[str, Any]:
+    content = message.content
+    if content is None and message.role != "assistant":
+        raise RequestError(f"{path}.content must be a string or a list of parts", param=f"{path}.content")
+    if isinstance(content, list):
+        content = "\n".join(_text(part, f"{path}.content[{i}]") for i, part in enumerate(content))
+    plain = {**(message.model_extra or {}), "role": message.role, "content": content or "", "name": message.name}
+    return {name: value for name, value in plain.items() if value is not None and name not in UNSUPPORTED_IN_MESSAGE}
+
+
+def _text(part: ContentPart, path: str) -> str:
+    if part.type != "text" or part.text is None:
+        raise RequestError(f"{path}: this model reads text only, got a part of type {part.type[:40]!r}", param=path)
+    return part.text
+
+
+def _extras(body: Body) -> Iterator[tuple[str, Any, str, Mapping[str, tuple[object, ...]]]]:
+    """Fields of a body that its type does not declare: name, value, path, and what is unsupported at that place."""
+    for name, value in (body.model_extra or {}).items():
+        yield name, value, name, UNSUPPORTED
+    if isinstance(body, GenerationRequest) and body.stream_options is not None:
+        for name, value in (body.stream_options.model_extra or {}).items():
+            yield name, value, f"stream_options.{name}", {}
+    if isinstance(body, ChatInput):
+        for i, message in enumerate(body.messages):
+            for name, value in (message.model_extra or {}).items():
+                yield name, value, f"messages[{i}].{name}", UNSUPPORTED_IN_MESSAGE
+
+
+def _is_unused(value: Any, unused: tuple[object, ...]) -> bool:
+    return value is None or any(type(value) is type(harmless) and value == harmless for harmless in unused)
+
+
+def _explained(error: pydantic.ValidationError) -> RequestError:
+    """pydantic lists a line per alternative; a client wants the field and what it should be."""
+    details = error.errors(include_url=False, include_input=False)
+    path = _path(details[0]["loc"])
+    reasons = dict.fromkeys(detail["msg"] for detail in details if _path(detail["loc"]) == path)
+    return RequestError(f"{path}: {' or '.join(list(reasons)[:3])}", param=path or None)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """("messages", 0, "role") as messages[0].role, up to where the alternatives of a union begin."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif step.isidentifier() and step not in ("str", "int", "float", "bool"):
+            path += f".{step}" if path else step
+        else:
+            break
+    return path
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")

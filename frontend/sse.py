@@ -1,0 +1,104 @@
+"""Server-sent events, and clients that go away."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ..common.errors import EngineError, RequestError
+from . import errors
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+WRITE_STALL_S = 60.0  # a reader that takes nothing for so long is treated as gone
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def event(data: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`. When the client goes away first, `work` is cancelled and ClientGone raised."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for unfinished in (task, gone):
+            unfinished.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Sends `first` and `events`, each a whole frame, and closes `events` at the end, whoever ended it.
+
+    Errors become a last event, since the status has been sent; what is no error of the request's is logged.
+    """
+
+    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        self._first = first
+        self._events = events
+        self.status_code = 200
+        self.background = None
+        self.media_type = "text/event-stream"
+        self.init_headers({**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 (ASGI's signature)
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await while_connected(receive, self._send(send))
+        except (ClientGone, TimeoutError):
+            log.debug("a client went away in the middle of a stream")
+        finally:
+            await self._events.aclose()
+
+    async def _send(self, send: Send) -> None:
+        async for frame in self._frames():
+            async with asyncio.timeout(WRITE_STALL_S):
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _frames(self) -> AsyncIterator[bytes]:
+        yield self._first
+        try:
+            async for frame in self._events:
+                yield frame
+            yield DONE
+        except (RequestError, EngineError) as error:
+            yield _error_event(errors.as_request_error(error))
+        except Exception:
+            log.exception("a stream ended with an error of ours")
+            yield _error_event(errors.internal_error())
+
+
+async def started(request: Request, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> EventStream:
+    """A stream whose first event is there: what goes wrong before it is still answered with a status of its own."""
+    first = await while_connected(request.receive, _next(events))
+    return EventStream(first, events, headers)
+
+
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events)
+
+
+def _error_event(error: RequestError) -> bytes:
+    return b"data: " + errors.body(error) + b"\n\n"
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,104 @@
+"""Text to token ids and back, off the event loop. Loads without torch."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ..common.errors import ConfigError, RequestError
+from .chat_template import ChatOptions, ChatTemplate, Message
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+THREADS = 2  # tokenizing lets go of the interpreter lock; more threads than cores would only delay the event loop
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template. `await` its methods on any event loop.
+
+    The `tokenizers` object is used as it is, never through transformers' wrapper: that one changes settings during a
+    call, which is not safe with threads.
+    """
+
+    def __init__(self, backend: "tokenizers.Tokenizer", template: ChatTemplate | None = None) -> None:
+        self.backend = backend  # not to be modified
+        self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        self._template = template
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenizer")
+
+    @classmethod
+    def load(cls, path: Path, *, chat_template: Path | None = None) -> "Tokenizer":
+        """The tokenizer in the directory `path`. Takes half a second the first time, for the imports.
+
+        Raises ConfigError when it is not there or cannot be read.
+        """
+        if not (path / "tokenizer.json").is_file():
+            raise ConfigError(
+                f"{path}: there is no tokenizer.json. Name a directory that has one with --tokenizer, or convert the model's own: "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it"
+            )
+        # Here and not above: these imports take half a second, and HTTP must answer before.
+        from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+        logging.getLogger("transformers").setLevel(
+            logging.ERROR
+        )  # it warns that the class is not the checkpoint's own; this is meant
+        try:
+            loaded = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+            template = (
+                chat_template.read_text(encoding="utf-8") if chat_template else _default_template(loaded.chat_template)
+            )
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{path}: the tokenizer cannot be loaded: {error}") from error
+        backend = loaded.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        chat = ChatTemplate(template, backend, loaded.special_tokens_map) if template else None
+        if chat and (problem := chat.problem()):
+            log.warning("%s: chat will not work: %s", path, problem)
+        return cls(backend, chat)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`; special tokens spelled in it are special tokens, as with Hugging Face."""
+        return await self._off_loop(lambda: self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    async def encode_chat(self, messages: Sequence[Message], options: ChatOptions | None = None) -> list[int]:
+        """The ids of a conversation. Raises RequestError when there is no template or it refuses."""
+        template, options = self._template, options or ChatOptions()
+        if template is None:
+            raise RequestError(
+                "this model has no chat template: use /v1/completions, or start the server with --chat-template FILE",
+                param="messages",
+            )
+        if not messages:
+            raise RequestError("messages must hold at least one message", param="messages")
+        return await self._off_loop(lambda: template.encode(messages, options))
+
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return await self._off_loop(lambda: self.backend.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """The tokenizer's own spelling of each id."""
+        return [self.backend.id_to_token(i) or "" for i in ids]
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _default_template(template: "str | dict[str, str] | None") -> str | None:
+    """A checkpoint may bring several named templates; the one named "default" is for chat."""
+    return template.get("default") if isinstance(template, dict) else template

@@ -1,0 +1,231 @@
+"""A scheduler that speaks the real wire, and real frontend processes in front of it."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import zmq
+
+from quire.common.channel import Hub, wires
+from quire.common.config import EngineConfig, ModelConfig, ServerConfig
+from quire.common.messages import (
+    HEARTBEAT_S,
+    PROTOCOL,
+    Abort,
+    Capacity,
+    FromFrontend,
+    GetStats,
+    Heartbeat,
+    Hello,
+    Output,
+    Outputs,
+    Refused,
+    Stats,
+    Status,
+    Submit,
+    Welcome,
+    unpack,
+)
+from quire.common.model_info import read_model_info
+
+CONTEXT = 512  # tokens, of the tiny model
+http = httpx.Client(verify=False, timeout=20)  # reading certificates takes 40 ms, and there is no TLS here
+
+
+class FakeScheduler:
+    """Answers as an engine whose model repeats the prompt: output id i is prompt[(seed + i) % len(prompt)].
+
+    Runs in a thread. `delay_s` is the time of a step; `hold` stops steps; `submits` and `aborts` are what came.
+    """
+
+    def __init__(self, directory: Path, model_dir: Path, server: ServerConfig | None = None) -> None:
+        self.address = f"ipc://{directory}"
+        self.config = EngineConfig(
+            model=ModelConfig(model=str(model_dir), served_model_name=("tiny", "org/tiny")),
+            server=server or ServerConfig(),
+        )
+        self.info = read_model_info(str(model_dir), model_dir)
+        self.status = Status(
+            "ready", 1.0, capacity=Capacity(num_blocks=64, block_size=16, max_model_len=CONTEXT, max_num_seqs=16)
+        )
+        self.epoch = 1
+        self.delay_s = 0.0
+        self.tokens_per_step = 1
+        self.hold = threading.Event()
+        self.hold.set()
+        self.submits: list[Submit] = []
+        self.aborts: list[int] = []
+        self.hellos: list[Hello] = []
+        self.answer: Callable[[Submit], Output | None] = lambda submit: None  # an answer of its own in place of tokens
+        self._commands: list[Callable[[], None]] = []
+        self._running: dict[tuple[bytes, int], tuple[Submit, list[int]]] = {}
+        self._peers: set[bytes] = set()
+        self._stop = threading.Event()
+        self._context = zmq.Context()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._bind()
+        self._thread.start()
+
+    def _bind(self) -> None:
+        self._hub: Hub = Hub(self._context, wires(self.address)[0], FromFrontend)
+
+    def __enter__(self) -> "FakeScheduler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(5)
+        self._hub.close()
+        self._context.term()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def do(self, act: Callable[[], None]) -> None:
+        """Run `act` in the scheduler's thread and wait for it."""
+        done = threading.Event()
+        self._commands.append(lambda: (act(), done.set()))
+        assert done.wait(5)
+
+    def restart(self) -> None:
+        """Forget everything, under a new epoch."""
+
+        def act() -> None:
+            self._hub.close()
+            self._running.clear()
+            self._peers.clear()
+            self.epoch += 1
+            time.sleep(0.05)
+            self._bind()
+
+        self.do(act)
+
+    def forget(self) -> None:
+        """Drop every peer and its requests, as if they had been silent."""
+        self.do(lambda: (self._running.clear(), self._peers.clear()))
+
+    def mute(self, seconds: float) -> None:
+        """Neither receive nor send for a while; afterwards, every peer and its requests are forgotten."""
+        self.do(lambda: (time.sleep(seconds), self._running.clear(), self._peers.clear()))
+
+    def tell(self, message: object) -> None:
+        self.do(lambda: [self._hub.send(peer, message) for peer in self._peers])
+
+    def tell_bytes(self, frame: bytes) -> None:
+        self.do(lambda: [self._hub.send_frame(peer, frame) for peer in self._peers])
+
+    def set_status(self, status: Status) -> None:
+        self.status = status
+        self.tell(status)
+
+    def _run(self) -> None:
+        beat_at = 0.0
+        while not self._stop.is_set():
+            self._hub.socket.poll(1 if self._running else 10)
+            while (received := self._hub.receive()) is not None:
+                self._handle(*received)
+            while self._commands:
+                self._commands.pop(0)()
+            if self.hold.is_set() and self._running:
+                time.sleep(self.delay_s)
+                self._step()
+            if time.monotonic() - beat_at > HEARTBEAT_S / 2:
+                beat_at = time.monotonic()
+                for peer in self._peers:
+                    self._hub.send(peer, Heartbeat(self.epoch))
+
+    def _handle(self, peer: bytes, message: FromFrontend) -> None:
+        if isinstance(message, Hello):
+            self.hellos.append(message)
+            if message.protocol != PROTOCOL:
+                self._hub.send(peer, Refused("protocol"))
+                return
+            self._peers.add(peer)
+            self._hub.send(peer, Welcome(self.epoch, self.config, self.info))
+            self._hub.send(peer, self.status)
+            return
+        if peer not in self._peers:
+            self._hub.send(peer, Heartbeat(0))
+            return
+        match message:
+            case Submit():
+                self.submits.append(message)
+                if (output := self.answer(message)) is not None:
+                    self._hub.send(peer, Outputs([output]))
+                else:
+                    self._running[peer, message.id] = (message, unpack(message.output))
+            case Abort():
+                self.aborts += message.ids
+                for id in message.ids:
+                    self._running.pop((peer, id), None)
+            case GetStats():
+                self._hub.send(peer, Stats(b"quire:fake 1\n"))
+
+    def _step(self) -> None:
+        outputs: dict[bytes, list[Output]] = {}
+        for (peer, id), (submit, output) in list(self._running.items()):
+            prompt, params, first, new, finish = unpack(submit.prompt), submit.sampling, len(output), [], None
+            while finish is None and len(new) < self.tokens_per_step:
+                new.append(prompt[(params.seed + first + len(new)) % len(prompt)])
+                length = first + len(new)
+                if new[-1] in params.stop_token_ids and length > params.min_tokens:
+                    finish = "stop"
+                elif length >= params.max_tokens:
+                    finish = "length"
+            output += new
+            outputs.setdefault(peer, []).append(Output(id, first, new, finish, num_cached=len(prompt) // 2))
+            if finish:
+                del self._running[peer, id]
+        for peer, batch in outputs.items():
+            self._hub.send(peer, Outputs(batch))
+
+
+@contextmanager
+def frontend_process(scheduler_address: str, *, supervised: bool = True) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A frontend in a process of its own, on a free port: the process and its base URL."""
+    sock = socket.create_server(("127.0.0.1", 0), backlog=512)
+    port = sock.getsockname()[1]
+    code = (
+        "import socket, sys; from quire.common.log import configure; configure('frontend');"
+        "from quire.frontend.process import main;"
+        f"sys.exit(main(scheduler={scheduler_address!r}, sock=socket.socket(fileno={sock.fileno()}), supervised={supervised}, log_level='info'))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], pass_fds=[sock.fileno()], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    sock.close()
+    try:
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """Wait for `condition`; fails when it does not come true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def wait_ready(url: str, timeout_s: float = 20.0, headers: dict[str, str] | None = None) -> None:
+    def ready() -> bool:
+        try:
+            return http.get(f"{url}/ready", headers=headers, timeout=2).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    until(ready, timeout_s)

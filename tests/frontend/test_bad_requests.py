@@ -1,0 +1,274 @@
+"""Every request that cannot be served gets 400 with the field's name, at once, and the server lives."""
+
+import json
+import socket
+from typing import Any
+
+import httpx
+import pytest
+
+from .fake_scheduler import FakeScheduler, http
+
+COMPLETION = {"model": "tiny", "prompt": "hello"}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+
+SAMPLING: list[tuple[str, list[Any]]] = [
+    ("n", [0, -1, 129, 10**9, 1.5, "1", True]),
+    ("max_tokens", [0, -1, 513, 2**63, 2.0, "16", True]),
+    ("min_tokens", [-1, 17, 2**63, "1"]),
+    ("temperature", [-0.1, 2.1, "hot", True, [1], 10**400]),
+    ("top_k", [-2, 1.5, "3", 2**63]),
+    ("top_p", [0, -0.5, 1.1, "0.5"]),
+    ("min_p", [-0.1, 1.1, "0.5"]),
+    ("repetition_penalty", [0, -1, 11, "1"]),
+    ("presence_penalty", [-2.1, 2.1, "1"]),
+    ("frequency_penalty", [-2.1, 2.1, {}]),
+    ("logit_bias", [{"-1": 1}, {"x": 1}, {"5": 101}, {"5": "1"}, {"999999": 1}, [5], {str(i): 1 for i in range(1025)}]),
+    ("seed", [2**63, -(2**63) - 1, 1.5, "7"]),
+    ("stop", ["", [""], 5, [5], ["a"] * 17, "x" * 257, [["a"]]]),
+    ("stop_token_ids", [[-1], [10**6], ["a"], 5, list(range(1025)), [1.5]]),
+    ("ignore_eos", [1, "yes"]),
+    ("include_stop_str_in_output", ["yes"]),
+    ("skip_special_tokens", ["yes"]),
+    ("stream", ["yes", 1]),
+    ("priority", [2**63, "high", 1.5]),
+    ("cache_salt", ["x" * 1025, 5]),
+    ("user", ["x" * 257, 5]),
+    ("stream_options", ["yes", {"include_usage": 1}, {"include_usage": True}]),  # the last one without stream
+]  # fmt: skip
+UNSUPPORTED: list[tuple[str, Any]] = [
+    ("logprobs", True), ("top_logprobs", 5), ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("best_of", 4),
+    ("response_format", {"type": "json_object"}), ("suffix", "x"), ("functions", [{}]), ("guided_json", {}), ("prompt_logprobs", 1),
+    ("use_beam_search", True), ("reasoning_effort", "high"), ("modalities", ["audio"]), ("chat_template", "x"), ("bad_words", ["x"]),
+]  # fmt: skip
+
+
+def post(url: str, path: str, body: Any) -> httpx.Response:
+    return http.post(url + path, content=json.dumps(body), headers={"content-type": "application/json"}, timeout=10)
+
+
+def assert_refused(answer: httpx.Response, param: str | None, code: str | None = None) -> str:
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", code)
+    assert (error["param"] or "").partition(".")[0].partition("[")[0] == (param or ""), error
+    assert answer.headers["x-should-retry"] == "false" and answer.headers["x-request-id"]
+    assert len(answer.content) < 1500
+    return error["message"]
+
+
+@pytest.mark.parametrize(("name", "values"), SAMPLING, ids=[name for name, _ in SAMPLING])
+def test_parameters_out_of_range_or_of_the_wrong_type(
+    url: str, engine: FakeScheduler, name: str, values: list[Any]
+) -> None:
+    for value in values:
+        for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", {"max_tokens": 16, **CHAT})):
+            message = assert_refused(post(url, path, {**body, name: value}), name)
+            assert name in message
+    assert engine.submits == []
+
+
+@pytest.mark.parametrize(
+    "name", ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "logit_bias"]
+)
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none(url: str, engine: FakeScheduler, name: str, literal: str) -> None:
+    value = f'{{"5": {literal}}}' if name == "logit_bias" else literal
+    answer = http.post(
+        f"{url}/v1/completions",
+        content=f'{{"prompt": "a", "{name}": {value}}}',
+        headers={"content-type": "application/json"},
+    )
+    assert_refused(answer, name if literal == "1e999" else None)
+    assert engine.submits == []
+
+
+@pytest.mark.parametrize(("name", "value"), UNSUPPORTED, ids=[name for name, _ in UNSUPPORTED])
+def test_what_is_not_supported_is_refused_by_name(url: str, engine: FakeScheduler, name: str, value: Any) -> None:
+    assert "not supported" in assert_refused(post(url, "/v1/chat/completions", {**CHAT, name: value}), name)
+    if name != "chat_template":
+        assert_refused(post(url, "/v1/completions", {**COMPLETION, name: value}), name)
+
+
+def test_values_that_ask_for_nothing_are_accepted(url: str, engine: FakeScheduler) -> None:
+    harmless = {
+        "logprobs": False,
+        "top_logprobs": 0,
+        "tools": [],
+        "tool_choice": "auto",
+        "response_format": {"type": "text"},
+        "n": None,
+        "stop": None,
+    }
+    answer = post(url, "/v1/chat/completions", {**CHAT, **harmless, "max_tokens": 2})
+    assert answer.status_code == 200 and "x-quire-warning" not in answer.headers
+    assert_refused(
+        post(url, "/v1/completions", {**COMPLETION, "logprobs": 0}), "logprobs"
+    )  # 0 asks for the chosen token's
+
+
+def test_unknown_fields_are_named(url: str, engine: FakeScheduler) -> None:
+    messages = [{"role": "user", "content": "hello", "colour": "red"}]
+    answer = post(
+        url,
+        "/v1/chat/completions",
+        {**CHAT, "messages": messages, "max_tokens": 2, "temprature": 1, "store": True, "a\r\nb": 1},
+    )
+    assert answer.status_code == 200
+    for name in ("temprature", "messages[0].colour", "store"):
+        assert name in answer.headers["x-quire-warning"]
+    streamed = post(url, "/v1/completions", {**COMPLETION, "stream": True, "é": 1})
+    assert streamed.headers["x-quire-warning"] == "fields without effect: \\xe9"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        None,
+        "",
+        [],
+        [[]],
+        [""],
+        5,
+        True,
+        [True],
+        ["a", 5],
+        [[1], "a"],
+        [1.5],
+        {},
+        [[-1]],
+        [10**6],
+        [2**70],
+        ["a"] * 1025,
+    ],
+)
+def test_prompts(url: str, engine: FakeScheduler, prompt: Any) -> None:
+    assert_refused(post(url, "/v1/completions", {"model": "tiny", "prompt": prompt}), "prompt")
+
+
+def test_prompts_times_n(url: str, engine: FakeScheduler) -> None:
+    assert_refused(post(url, "/v1/completions", {"prompt": ["a"] * 1000, "n": 100}), "n")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        *(None, [], "hi", [5], [{}], [{"role": "user"}], [{"role": "root", "content": "a"}], [{"role": "tool", "content": "a"}]),
+        *([{"role": "user", "content": 5}], [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]),
+        *([{"role": "user", "content": [{"type": "text"}]}], [{"role": "assistant", "tool_calls": [{"id": "x"}]}]),
+    ],
+)  # fmt: skip
+def test_messages(url: str, engine: FakeScheduler, messages: Any) -> None:
+    assert_refused(post(url, "/v1/chat/completions", {"model": "tiny", "messages": messages}), "messages")
+
+
+def test_template_arguments(url: str, engine: FakeScheduler) -> None:
+    assert_refused(
+        post(url, "/v1/chat/completions", {**CHAT, "chat_template_kwargs": {"tokenize": True}}), "chat_template_kwargs"
+    )
+    both = {"add_generation_prompt": True, "continue_final_message": True}
+    assert_refused(post(url, "/v1/chat/completions", {**CHAT, **both}), "continue_final_message")
+
+
+def test_a_prompt_longer_than_the_context(url: str, engine: FakeScheduler) -> None:
+    for path, body, param in (
+        ("/v1/completions", {"prompt": [5] * 600}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "7" * 600}]}, "messages"),
+    ):
+        message = assert_refused(post(url, path, body), param, "context_length_exceeded")
+        assert "512" in message and " 6" in message
+
+
+def test_a_newer_name_is_named_as_it_was_sent(url: str, engine: FakeScheduler) -> None:
+    assert "max_completion_tokens" in assert_refused(
+        post(url, "/v1/chat/completions", {**CHAT, "max_completion_tokens": 0}), "max_completion_tokens"
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"nonsense", b"[]", b"5", b'"a"', b"null", b"\xff\xfe{}", b'{"prompt": "\xff"}', b'{"prompt": "a",}'),
+        *(b"[" * 100_000, b'{"a":' * 100_000, b'{"prompt": "\\ud800"}', b'{"prompt": "a", "user": "\\uDFFF"}', b'{"seed": ' + b"9" * 10_000 + b"}"),
+    ],
+)  # fmt: skip
+def test_bodies_that_are_no_json_object(url: str, engine: FakeScheduler, content: bytes) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+        assert_refused(http.post(url + path, content=content, headers={"content-type": "application/json"}), None)
+
+
+def test_emoji_escapes_are_text(url: str, engine: FakeScheduler) -> None:
+    answer = http.post(
+        f"{url}/tokenize", content=b'{"prompt": "\\ud83d\\ude00"}', headers={"content-type": "application/json"}
+    )
+    assert http.post(f"{url}/detokenize", json={"tokens": answer.json()["tokens"]}).json()["prompt"] == "😀"
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_other_content_types(url: str, engine: FakeScheduler, kind: str) -> None:
+    assert_refused(
+        http.post(f"{url}/v1/completions", content=json.dumps(COMPLETION), headers={"content-type": kind}), None
+    )
+
+
+def test_unknown_model_and_path_and_method(url: str, engine: FakeScheduler) -> None:
+    for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT), ("/tokenize", COMPLETION)):
+        error = post(url, path, {**body, "model": "gpt-9"})
+        assert (
+            error.status_code == 404
+            and error.json()["error"]["code"] == "model_not_found"
+            and error.json()["error"]["param"] == "model"
+        )
+    assert http.get(f"{url}/v2/x").json()["error"]["code"] == "not_found"
+    wrong = http.get(f"{url}/v1/completions")
+    assert (
+        wrong.status_code == 405
+        and wrong.json()["error"]["code"] == "method_not_allowed"
+        and wrong.headers["allow"] == "POST"
+    )
+
+
+@pytest.mark.parametrize("tokens", [[-1], [10**6], [2**70], "a", [1.5], None])
+def test_detokenize(url: str, engine: FakeScheduler, tokens: Any) -> None:
+    assert_refused(post(url, "/detokenize", {"tokens": tokens}), "tokens")
+
+
+def send(url: str, content: bytes) -> bytes:
+    """Raw bytes to the server, and all that comes back until it closes."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        try:
+            connection.sendall(content)
+            connection.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        received = b""
+        try:
+            while piece := connection.recv(65536):
+                received += piece
+        except OSError:
+            pass
+        return received
+
+
+def test_limits_on_urls_headers_and_bodies(url: str, engine: FakeScheduler) -> None:
+    assert http.get(f"{url}/v1/models?x={'a' * 9000}").status_code == 414
+    assert http.get(f"{url}/health", headers={"x": "a" * 70_000}).status_code == 431
+    assert http.get(f"{url}/health", headers={f"x-{i}": "a" for i in range(200)}).status_code == 431
+    large = http.post(
+        f"{url}/v1/completions",
+        content=iter([b'{"prompt": "', *[b"a" * (1 << 20)] * 17]),
+        headers={"content-type": "application/json"},
+    )
+    assert large.status_code == 413 and large.json()["error"]["code"] == "request_too_large"
+    declared = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 999999999\r\n\r\n{"
+    assert send(url, declared).startswith(b"HTTP/1.1 413")
+    assert b"413" in send(url, declared.replace(b"999999999", b"9" * 30)) or b"400" in send(
+        url, declared.replace(b"999999999", b"9" * 30)
+    )
+
+
+def test_a_head_without_end_is_cut_off(url: str, engine: FakeScheduler) -> None:
+    assert b"431" in send(url, b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 6_000_000)
+    assert send(url, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
+    assert http.get(f"{url}/health").status_code == 200
