@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from ..common.errors import RequestError
 
 START, END = "\ue0f0", "\ue0f1"  # private use; removed from what users write
-RESERVED = frozenset(
-    {
+RESERVED = frozenset(  # arguments of the renderer itself
+    [
         "add_generation_prompt",
         "chat_template",
         "continue_final_message",
@@ -27,8 +27,6 @@ RESERVED = frozenset(
         "documents",
         "max_length",
         "messages",
-    }
-    | {
         "padding",
         "return_assistant_tokens_mask",
         "return_dict",
@@ -36,8 +34,9 @@ RESERVED = frozenset(
         "sanitize_control_tokens",
         "tokenize",
         "tokenizer_kwargs",
-    }
-    | {"tools", "truncation"}
+        "tools",
+        "truncation",
+    ]
 )
 
 Message = Mapping[str, Any]

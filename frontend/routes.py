@@ -10,7 +10,7 @@ from starlette.responses import Response
 from ..common.errors import RequestError
 from . import errors
 from .openai.answers import json_answer
-from .openai.protocol import DetokenizeRequest, TokenizeChat, TokenizeText
+from .openai.protocol import DetokenizeRequest, TokenizeChat, TokenizeText, described
 from .openai.requests import chat_options_of, messages_of, read_json, validated, warnings
 from .service import Service
 
@@ -63,7 +63,7 @@ async def version() -> Response:
     return json_answer({"version": metadata.version("quire")})
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", openapi_extra=described(TokenizeText))
 async def tokenize(request: Request) -> Response:
     """Token ids of a prompt or of messages, as a generating route would have them."""
     service: Service = request.app.state.service
@@ -80,7 +80,7 @@ async def tokenize(request: Request) -> Response:
     return json_answer(Tokenized(len(ids), service.client.model.max_model_len, ids, strings), headers)
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", openapi_extra=described(DetokenizeRequest))
 async def detokenize(request: Request) -> Response:
     """The text of token ids, special tokens included."""
     service: Service = request.app.state.service

@@ -13,14 +13,14 @@ from ..outputs import CompletionOutput
 from ..service import Service
 from ..sse import event, started, while_connected
 from .answers import Deltas, Job, UsageCount, check_stream_options, json_answer, request_id, whole
-from .protocol import ChatRequest, StreamOptions
+from .protocol import ChatRequest, StreamOptions, described
 from .requests import chat_options_of, messages_of, read, routing_of, sampling_of, warnings
 from .responses import ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatMessage, usage_of
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", openapi_extra=described(ChatRequest))
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service

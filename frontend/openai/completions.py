@@ -15,7 +15,7 @@ from ..service import Service
 from ..sse import event, started, while_connected
 from ..tokenizer import Tokenizer
 from .answers import Deltas, Job, UsageCount, check_stream_options, json_answer, request_id, whole
-from .protocol import CompletionRequest, StreamOptions
+from .protocol import CompletionRequest, StreamOptions, described
 from .requests import read, routing_of, sampling_of, warnings
 from .responses import Completion, CompletionChoice, usage_of
 
@@ -26,7 +26,7 @@ MAX_SEQUENCES = 4096  # prompts times n
 DEFAULT_MAX_TOKENS = 16
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", openapi_extra=described(CompletionRequest))
 async def create_completion(request: Request) -> Response:
     """Continue one prompt, or several: text or token ids."""
     service: Service = request.app.state.service

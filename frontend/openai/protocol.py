@@ -4,12 +4,28 @@ Fields are strict (no number from a string), may be null where that means "defau
 they can be named to the client.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 MAX_SALT = 1024
 MAX_NAME = 256
+
+
+_ID_SCHEMA = {"type": "integer", "minimum": 0}
+PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        {"type": "array", "items": _ID_SCHEMA, "minItems": 1},
+        {"type": "array", "items": {"type": "array", "items": _ID_SCHEMA, "minItems": 1}, "minItems": 1},
+    ]
+}
+
+
+def described(body: type["Body"]) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads a `body` itself."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}
 
 
 class Body(BaseModel):
@@ -23,31 +39,7 @@ class StreamOptions(Body):
 
 
 class GenerationRequest(Body):
-    """What completions and chat share."""
-
-    SAMPLING: ClassVar[tuple[str, ...]] = (  # fields that are SamplingParams' of the same name
-        *(
-            "n",
-            "max_tokens",
-            "min_tokens",
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-        ),
-        *(
-            "frequency_penalty",
-            "logit_bias",
-            "seed",
-            "stop",
-            "stop_token_ids",
-            "ignore_eos",
-            "include_stop_str_in_output",
-            "skip_special_tokens",
-        ),
-    )
+    """What completions and chat share. Each field of SamplingParams is one here."""
 
     model: str | None = None
     n: int | None = None
@@ -77,7 +69,7 @@ class GenerationRequest(Body):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions"""
 
-    prompt: Any = None  # a string, token ids, or a list of either; `prompts_of` checks it
+    prompt: Annotated[Any, WithJsonSchema(PROMPT_SCHEMA)] = None  # `prompts_of` checks it
     echo: bool | None = None
     add_special_tokens: bool = True
 

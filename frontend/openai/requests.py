@@ -77,7 +77,7 @@ def sampling_of(
     body: GenerationRequest, defaults: Mapping[str, float | int], *, max_tokens: int | None
 ) -> SamplingParams:
     """The request's parameters over the model's recommended `defaults`; `max_tokens` where neither is set."""
-    asked = {name: value for name in body.SAMPLING if (value := getattr(body, name)) is not None}
+    asked = {name: value for name in SamplingParams.__struct_fields__ if (value := getattr(body, name)) is not None}
     if isinstance(asked.get("stop"), str):
         asked["stop"] = [asked["stop"]]
     return check({"max_tokens": max_tokens, **defaults, **asked})
