@@ -39,9 +39,7 @@ class App:
 
 
 def _routes(service: Service) -> FastAPI:
-    app = FastAPI(
-        title="Quire", version=version("quire"), docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
-    )
+    app = FastAPI(title="Quire", version=version("quire"), redoc_url=None, redirect_slashes=False)
     app.state.service = service
     for router in (routes.router, models.router, completions.router, chat.router):
         app.include_router(router)

@@ -86,7 +86,9 @@ def test_work_is_cancelled_when_the_client_goes_away() -> None:
 
 
 def test_every_route_that_takes_a_body_describes_it(url: str) -> None:
-    paths = httpx.get(f"{url}/openapi.json").json()["paths"]
+    answer = httpx.get(f"{url}/openapi.json")
+    assert answer.status_code == 200, answer.text
+    paths = answer.json()["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/health"} <= paths.keys()
     for path, methods in paths.items():
         if "post" in methods:
