@@ -1,0 +1,39 @@
+"""What can be known of a model without torch, before any process starts."""
+
+from pathlib import Path
+
+from ..common.config import ModelConfig
+from ..common.errors import ConfigError
+from ..common.model_info import ModelInfo, model_path, read_config, read_model_info
+
+
+def check_model(config: ModelConfig) -> ModelInfo:
+    """Raises ConfigError for a model that cannot be served: no such directory, no weights, an unknown architecture,
+    a context longer than it was made for."""
+    from ..worker.models import build  # noqa: PLC0415 (a pure function of config.json, free of torch)
+
+    path = model_path(config.model)
+    info = read_model_info(config.model, path, max_model_len=config.max_model_len)
+    build(read_config(path))
+    if config.load_format != "dummy" and not any(path.glob("*.safetensors")):
+        raise ConfigError(
+            f"{path}: there is no *.safetensors here.{_other_weights(path)} --load-format dummy serves random weights"
+        )
+    return info
+
+
+def _other_weights(path: Path) -> str:
+    found = next(
+        (file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in sorted(path.glob(pattern))), None
+    )
+    return f" {found} is of a format that is not read; convert it to safetensors." if found else ""
+
+
+def is_downloadable(model: str) -> bool:
+    """Whether `model` looks like a Hugging Face repository (organization/name) and is no local path."""
+    owner, slash, name = model.partition("/")
+    return (
+        bool(slash and owner and name and "/" not in name)
+        and not model.startswith((".", "~"))
+        and not Path(model).exists()
+    )

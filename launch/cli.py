@@ -1,0 +1,50 @@
+"""The `quire` command."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .. import __version__
+from ..common.errors import ConfigError
+from .component import told
+from .options import nearest
+
+COMMANDS = {  # name -> (module with main(argv, prog=...), what it does)
+    "serve": ("serve", "Serve a model: an OpenAI-compatible server."),
+    "chat": ("chat", "Chat with a server, in the terminal or through a pipe."),
+    "complete": ("complete", "Continue a text."),
+}
+
+HELP = """\
+usage: quire COMMAND [OPTION ...]
+
+Quire serves large language models from paged memory.
+
+{commands}
+
+`quire COMMAND --help` tells all about one. To begin, in two terminals:
+
+    quire serve                         the built-in model at http://127.0.0.1:8000
+    quire chat -q 'What is 17 + 25?'    ask it something
+
+From Python: from quire import LLM; LLM("demo").generate("def fibonacci(n):")"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP.format(commands="\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())))
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"quire {__version__}")
+        return 0
+    command = words[0]
+    if command not in COMMANDS:
+        return told(ConfigError(f"there is no command {command!r}.{nearest(command, COMMANDS)} (see quire --help)"))
+    module = import_module(f".{COMMANDS[command][0]}", __package__)
+    code: int = module.main(words[1:], prog=f"quire {command}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

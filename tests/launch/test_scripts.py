@@ -1,0 +1,136 @@
+"""The scripts as users start them: mistakes are told in one line, soon, by the right exit code."""
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quire.common.errors import EXIT_CONFIG
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+SCRIPTS = ("serve.py", "frontend.py", "scheduler.py", "worker.py")
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(LAUNCH / words[0]), *words[1:]] if words[0] in SCRIPTS else [*words]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=30, check=False, env=os.environ | environment
+    )
+
+
+def assert_told(result: subprocess.CompletedProcess[str], *said: str) -> None:
+    """Exit code 1, one line, no traceback."""
+    assert result.returncode == EXIT_CONFIG
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert all(part in result.stderr for part in said), result.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_is_executable_and_explains_itself(script: str) -> None:
+    assert (LAUNCH / script).stat().st_mode & stat.S_IXUSR
+    assert (LAUNCH / script).read_text().startswith("#!/usr/bin/env python3\n")
+    result = run(script, "--help")
+    assert result.returncode == 0
+    assert result.stdout.startswith(f"usage: {script}")
+    assert script in result.stdout.partition("\n")[2]  # an example
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_wrong_flag_is_told_by_every_script(script: str) -> None:
+    assert_told(run(script, "--lifelin", "3"), "there is no option --lifelin", f"see {script} --help")
+
+
+def test_a_port_in_use_is_refused_soon_and_names_its_holder() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        began = time.monotonic()
+        result = run("serve.py", "--port", str(port))
+        assert time.monotonic() - began < 2.0
+    assert_told(result, f"port {port} is in use by process {os.getpid()} (", "--port")
+
+
+@pytest.mark.parametrize(
+    ("host", "said"), [("nowhere.invalid", "--host nowhere.invalid"), ("192.0.2.1", "no such address")]
+)
+def test_an_address_that_cannot_be_is_refused(host: str, said: str) -> None:
+    assert_told(run("serve.py", "--port", "0", "--host", host), said, "127.0.0.1")
+
+
+def test_a_model_that_is_not_there_is_refused_soon() -> None:
+    began = time.monotonic()
+    result = run("serve.py", "/no/such/model", "--port", "0")
+    assert time.monotonic() - began < 2.0
+    assert_told(result, "/no/such/model", "no such directory")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    assert_told(run("serve.py", str(tmp_path), "--port", "0"), str(tmp_path), "config.json")
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["Nonesuch"], "vocab_size": 9, "max_position_embeddings": 64})
+    )
+    assert_told(run("serve.py", str(tmp_path), "--port", "0"), "Nonesuch", "LlamaForCausalLM", "Qwen3ForCausalLM")
+
+
+def test_a_context_beyond_the_models_is_refused_with_the_number_that_works(checkpoint: Callable[[str], Path]) -> None:
+    result = run("serve.py", str(checkpoint("llama")), "--port", "0", "--max-model-len", "513")
+    assert_told(result, "513", "512")
+
+
+def test_a_model_without_weights_is_refused(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
+    (tmp_path / "config.json").write_bytes((checkpoint("llama") / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").touch()
+    assert_told(
+        run("serve.py", str(tmp_path), "--port", "0"), "safetensors", "pytorch_model.bin", "--load-format dummy"
+    )
+
+
+def test_two_models_are_refused() -> None:
+    assert_told(run("serve.py", "a", "--model", "b"), "two models", "a", "b")
+
+
+def test_rank_comes_from_torchrun() -> None:
+    assert_told(run("worker.py", RANK="x"), "RANK", "'x'")
+
+
+def test_a_model_that_cannot_be_downloaded_is_told_with_the_way_out() -> None:
+    result = run(sys.executable, "-m", "quire.launch.model_files", "nobody/nothing", HF_HUB_OFFLINE="1")
+    assert result.returncode == EXIT_CONFIG
+    assert "nobody/nothing" in result.stderr
+    assert "name its directory" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_command_knows_its_commands() -> None:
+    assert "quire chat" in run("quire", "--help").stdout
+    assert_told(run("quire", "chta"), "Did you mean chat?")
+    assert_told(run("quire", "serve", "--prot", "1"), "Did you mean --port?", "quire serve --help")
+    assert_told(
+        run("quire", "chat", "-q", "hi", "--url", "http://127.0.0.1:9"),
+        "no server at http://127.0.0.1:9",
+        "quire serve",
+    )
+    assert_told(run("quire", "complete", "hi", "--url", "nonsense://"), "--url")
+
+
+def test_importing_the_package_takes_no_time() -> None:
+    took = min(float(run(sys.executable, "-c", _TIMED).stdout) for _ in range(3))
+    assert took <= 0.15
+
+
+_TIMED = "import time; t = time.perf_counter(); import quire; print(time.perf_counter() - t)"
+
+
+def test_launch_has_neither_torch_nor_transformers_in_it() -> None:
+    modules = [f"quire.launch.{file.stem}" for file in LAUNCH.glob("*.py") if file.stem != "__init__"]
+    code = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\nprint({{'torch', 'transformers'}} & set(sys.modules))"
+    assert run(sys.executable, "-c", code).stdout.strip() == "set()"
