@@ -21,6 +21,7 @@ from .options import ENV_PREFIX, to_yaml
 
 Role = Literal["frontend", "scheduler", "worker", "download"]
 COMPANY_S = 2.0  # a fault seldom ends one process alone; one with torch in it takes a while to end
+GOODBYE_S = 1.0  # for the scheduler to end and for the workers to hear of it
 _POLL_S = 0.02
 
 
@@ -184,8 +185,14 @@ class Children:
         return cause_of(known)
 
     def stop(self, grace_s: float, *, impatient: Callable[[], bool] = lambda: False) -> None:
-        """SIGTERM to all that run, SIGKILL to those that still do after `grace_s`. Returns when none does."""
-        self.send(signal.SIGTERM)
+        """End all that run: SIGTERM, and SIGKILL for those that still do after `grace_s`. Returns when none does.
+
+        The scheduler goes before the workers, and tells them; it would take their end for a fault.
+        """
+        self.send(signal.SIGTERM, "frontend", "scheduler", "download")
+        self.wait(min(grace_s, GOODBYE_S), "scheduler", impatient=impatient)
+        self.wait(min(grace_s, GOODBYE_S), "worker", impatient=impatient)
+        self.send(signal.SIGTERM, "worker")
         self.wait(grace_s, impatient=impatient)
         self.kill()
 

@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,17 @@ class LLM:
             return [await encode(conversation, _chat_options(template)) for conversation in given]  # type: ignore[arg-type]
 
         return self._all(self._engine.call(encode_all()), params, use_tqdm)
+
+    def get_metrics(self) -> dict[str, float]:
+        """What a server's /metrics would show, by name; values that differ in labels alone are added up."""
+        from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415 (rarely asked for)
+
+        totals: defaultdict[str, float] = defaultdict(float)
+        text = self._engine.call(self._engine.generator.client.stats()).decode()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                totals[sample.name] += sample.value
+        return dict(totals)
 
     def close(self) -> None:
         """End the engine. May be called twice."""

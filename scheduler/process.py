@@ -187,7 +187,8 @@ class Process:
     def _drop_frontend(self, identity: bytes, why: str) -> None:
         peer = self._frontends.remove(identity)
         num_requests = self._serving.drop(identity) if self._serving is not None else 0
-        log.warning("%s %s; %d requests of it were freed", peer.name, why, num_requests)
+        level = logging.WARNING if num_requests else logging.DEBUG  # nothing is lost when one ends that had none
+        log.log(level, "%s %s; %d requests of it were freed", peer.name, why, num_requests)
         self._count_peers()
 
     def _count_peers(self) -> None:

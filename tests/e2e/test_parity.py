@@ -69,7 +69,7 @@ def test_hardship_is_real(checkpoint: Callable[[str], Path]) -> None:
     with LLM(str(checkpoint("llama")), dtype="float32", **HARD) as llm:
         outputs = llm.generate(prompts(320), GREEDY, use_tqdm=False)
         again = llm.generate(prompts(320)[-1:], GREEDY, use_tqdm=False)
-        metrics = llm.metrics()
+        metrics = llm.get_metrics()
     assert metrics["vllm:num_preemptions_total"] > 0
     assert again[0].num_cached_tokens >= 48
     assert all(len(out.outputs[0].token_ids) == TOKENS for out in outputs)
