@@ -1,0 +1,65 @@
+"""The exchanges of a group over TCP (tests/worker/test_architectures.py meets through a file), and shares."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire.common.errors import ConfigError
+from quire.worker import parallel
+from quire.worker.parallel import Group, connect
+
+CODE = """
+import sys, torch
+from quire.worker.parallel import connect
+rank, size, total = int(sys.argv[2]), 3, 7
+group = connect(sys.argv[1], rank, size, torch.device("cpu"))
+mine = group.share(total).mine
+columns = torch.arange(mine.start, mine.stop).float().expand(2, -1)
+assert group.gather_columns(columns, total).tolist() == [list(range(total))] * 2
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    assert group.all_reduce(torch.full((3, 5), rank + 1.0, dtype=dtype)).tolist() == [[6.0] * 5] * 3
+assert group.broadcast(torch.tensor([rank + 40, rank])).tolist() == [40, 0]
+group.close()
+"""
+
+
+def test_exchanges_over_tcp() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [subprocess.Popen([sys.executable, "-c", CODE, f"tcp://127.0.0.1:{port}", str(rank)]) for rank in (2, 1, 0)]
+    try:
+        assert [rank.wait(60) for rank in ranks] == [0, 0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def test_ranks_that_do_not_come_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "MEETING_S", 0.1)
+    with pytest.raises(ConfigError, match=r"ranks \[0, 2\]"):
+        connect(f"file://{tmp_path}/meet", 1, 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rendezvous", ["", "file://", "tcp://host", "http://host:1", "/path"])
+def test_malformed_rendezvous(rendezvous: str) -> None:
+    with pytest.raises(ConfigError, match="rendezvous"):
+        connect(rendezvous, 0, 2, torch.device("cpu"))
+
+
+@given(st.integers(1, 200), st.integers(1, 64))
+def test_shares_cover_everything_once_and_differ_by_at_most_one(total: int, size: int) -> None:
+    shares = [Group(rank, size).share(total).mine for rank in range(size)]
+    assert [i for share in shares for i in share] == list(range(total))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_group_of_one_exchanges_nothing() -> None:
+    group, x = connect("", 0, 1, torch.device("cpu")), torch.ones(2, 3)
+    assert group.all_reduce(x) is group.gather_columns(x, 3) is group.broadcast(x) is x

@@ -1,0 +1,68 @@
+"""A spec, made to compute. The one place that knows how layers are wired."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .layers.attention import Attention
+from .layers.embedding import Embedding, Head
+from .layers.mlp import GatedMLP
+from .layers.norm import RmsNorm
+from .layers.rope import Angles, RopeTable
+from .models import spec
+from .weights import Loader
+
+
+class Block:
+    """One layer. What flows between blocks is (delta, residual), their sum being the stream: so every addition is part
+    of the norm that follows it."""
+
+    def __init__(self, layer: spec.Layer, loader: Loader, i: int, hidden_size: int) -> None:
+        self.rope = layer.attn.rope
+        self.pre_attn = RmsNorm(layer.pre_attn, loader, "pre_attn", i, hidden_size)
+        self.attn = Attention(layer.attn, loader, i, hidden_size)
+        self.pre_mlp = RmsNorm(layer.pre_mlp, loader, "pre_mlp", i, hidden_size)
+        self.mlp = GatedMLP(layer.mlp, loader, i, hidden_size)
+
+    def __call__(
+        self, delta: Tensor, residual: Tensor, angles: Angles, batch: Batch, cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.pre_attn.after_add(delta, residual)
+        x, residual = self.pre_mlp.after_add(self.attn(x, angles, batch, cache), residual)
+        return self.mlp(x), residual
+
+
+class Decoder:
+    """This rank's share of a model. Pulls every weight when it is constructed (ConfigError for one that is not there).
+
+    `max_positions` bounds the positions that may ever be computed.
+    """
+
+    def __init__(self, model: spec.Decoder, loader: Loader, max_positions: int) -> None:
+        self.spec = model
+        self.group, self.dtype, self.device = loader.group, loader.dtype, loader.device
+        self.embed = Embedding(loader, model.vocab_size, model.hidden_size)
+        self.blocks = [Block(layer, loader, i, model.hidden_size) for i, layer in enumerate(model.layers)]
+        self.norm = RmsNorm(model.norm, loader, "norm", 0, model.hidden_size)
+        self.head = Head(loader, model.vocab_size, model.hidden_size, self.embed if model.tied_head else None)
+        ropes = dict.fromkeys(layer.attn.rope for layer in model.layers)
+        self.angles: dict[spec.Rope, Callable[[Tensor], Angles]] = {
+            rope: RopeTable(rope, max_positions, loader.device) for rope in ropes
+        }
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(layers, KV heads of this rank, head dim), of which the cache is made."""
+        first = self.blocks[0].attn
+        return len(self.blocks), first.num_kv_heads, first.spec.head_dim
+
+    def forward(self, batch: Batch, cache: Tensor) -> Tensor:
+        """Compute the step's tokens, writing their KV to `cache`; the hidden states [t, d]."""
+        angles = {rope: table(batch.positions_t) for rope, table in self.angles.items()}
+        delta = self.embed(batch.ids_t)
+        residual = torch.zeros_like(delta)
+        for block in self.blocks:
+            delta, residual = block(delta, residual, angles[block.rope], batch, cache)
+        return self.norm.after_add(delta, residual)[0]

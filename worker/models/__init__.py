@@ -1,0 +1,33 @@
+"""Which models can be served, as data. Importable without torch: `build(config)` is the early check of a checkpoint."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .arch import llama, qwen2, qwen3
+from .presets import Config
+from .spec import Decoder
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": llama.build,
+    "MistralForCausalLM": llama.build,
+    "Qwen2ForCausalLM": qwen2.build,
+    "Qwen3ForCausalLM": qwen3.build,
+}
+
+
+def build(config: Mapping[str, Any]) -> Decoder:
+    """The decoder that `config` (config.json) describes.
+
+    Raises ConfigError, naming key and value, for what is missing, malformed or not implemented; nothing unknown is
+    replaced by a default.
+    """
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else named
+    checked = Config(config)
+    if name not in ARCHITECTURES:
+        raise checked.refusal("architectures", name, known=sorted(ARCHITECTURES))
+    if config.get("quantization_config") is not None:
+        raise checked.refusal(
+            "quantization_config", config["quantization_config"], known=["none: full-precision weights"]
+        )
+    return ARCHITECTURES[name](checked)

@@ -1,0 +1,1 @@
+"""One file per family: `build(config)` says what differs from the presets."""

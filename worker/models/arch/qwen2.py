@@ -1,0 +1,19 @@
+"""Qwen 2 and 2.5: Llama with a bias on q, k and v."""
+
+from ..presets import Config, decoder, gated_mlp, gqa, rms, windows
+from ..spec import Decoder, Layer
+
+
+def build(config: Config) -> Decoder:
+    return decoder(
+        config,
+        [
+            Layer(
+                attn=gqa(config, window=window, qkv_bias=True, out_bias=False),
+                mlp=gated_mlp(config),
+                pre_attn=rms(config),
+                pre_mlp=rms(config),
+            )
+            for window in windows(config)
+        ],
+    )

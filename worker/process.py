@@ -1,0 +1,214 @@
+"""The worker process: says Hello, loads what it is told to, then replays plans until it is told to stop.
+
+One thread, one socket. Between messages it waits there; inside a step the ranks wait for each other.
+"""
+
+import logging
+import os
+import platform
+import sys
+import time
+
+import torch
+import zmq
+
+from ..common.channel import Link, wires
+from ..common.errors import EXIT_CONFIG, EXIT_FATAL, ConfigError
+from ..common.messages import (
+    HEARTBEAT_S,
+    PROTOCOL,
+    Allocate,
+    Allocated,
+    Heartbeat,
+    Hello,
+    Message,
+    Progress,
+    Refused,
+    RequestFault,
+    Shutdown,
+    StepPlan,
+    StepResult,
+    ToWorker,
+    Welcome,
+    WorkerFault,
+    WorkerReady,
+    pack,
+)
+from ..common.model_info import fingerprint, model_path
+from ..common.process import on_termination
+from . import kv_cache
+from .decoder import Decoder
+from .loading import load_decoder, pick_device, set_threads
+from .parallel import Group, connect
+from .runner import Runner, peak_bytes
+
+log = logging.getLogger(__name__)
+
+PROGRESS_S = 0.1  # between two reports of loading
+NO_EPOCH = 0
+
+
+def main(*, scheduler: str, rank: int, device: str | None, supervised: bool) -> int:
+    """Serve as `rank` of the engine whose scheduler is at `scheduler`; returns the exit code.
+
+    `device` is auto, cpu or cuda, None for what the scheduler was told. SIGTERM ends the process with code 0.
+    """
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    link: Link[ToWorker] = Link(context, wires(scheduler)[1], ToWorker)
+    on_termination(lambda: sys.exit(0), supervised=supervised)
+    worker = Worker(link, rank, device)
+    try:
+        return worker.run()
+    except ConfigError as error:
+        log.error("%s", error)
+        link.send(WorkerFault(rank, str(error)))
+        return EXIT_CONFIG
+    except Exception as error:
+        log.exception("this worker cannot go on")
+        link.send(WorkerFault(rank, f"{type(error).__name__}: {error}"))
+        return EXIT_FATAL
+    finally:
+        worker.group.close()
+        link.close()  # what was sent still goes out, for a second at most
+        context.term()
+
+
+class Worker:
+    """What this process is in a scheduler's eyes. Survives the scheduler: under a new epoch the weights are kept."""
+
+    def __init__(self, link: Link[ToWorker], rank: int, device: str | None) -> None:
+        self.link = link
+        self.rank = rank
+        self.device = device
+        self.epoch = NO_EPOCH
+        self.welcome: Welcome | None = None  # what was loaded for
+        self.ready: WorkerReady | None = None
+        self.decoder: Decoder | None = None
+        self.runner: Runner | None = None
+        self.group = Group()
+        self.beat_at = 0.0
+
+    def run(self) -> int:
+        while True:
+            if time.monotonic() >= self.beat_at:
+                self._send(Heartbeat(self.epoch) if self.epoch else self._hello())
+            match self.link.receive(max(0.0, self.beat_at - time.monotonic())):
+                case StepPlan() as plan if plan.epoch == self.epoch and self.runner:
+                    self._step(self.runner, plan)
+                case Welcome() as welcome if welcome.epoch != self.epoch:
+                    self._start(welcome)
+                case Allocate() as allocate if allocate.epoch == self.epoch and self.decoder:
+                    self._allocate(self.decoder, allocate)
+                case Heartbeat(epoch) if epoch != self.epoch and self.epoch:
+                    log.info("the scheduler is a new one")
+                    self.epoch = NO_EPOCH
+                    self._send(self._hello())
+                case Refused(why):
+                    log.error("the scheduler refused this worker: %s", why)
+                    return EXIT_CONFIG
+                case Shutdown():
+                    return 0
+                case _:  # a heartbeat, or a message of another epoch
+                    pass
+
+    def _send(self, message: Message) -> None:
+        self.link.send(message)
+        self.beat_at = time.monotonic() + HEARTBEAT_S
+
+    def _hello(self) -> Hello:
+        name = f"worker {self.rank} on {platform.node()}, pid {os.getpid()}"
+        return Hello(PROTOCOL, "worker", name, self.rank, self.ready.fingerprint if self.ready else "")
+
+    def _start(self, welcome: Welcome) -> None:
+        """Load the model, or show that it is loaded."""
+        if self.welcome and (welcome.config, welcome.model) != (self.welcome.config, self.welcome.model):
+            raise ConfigError("the scheduler came back with other options; a worker must be started anew for them")
+        self.epoch = welcome.epoch
+        if self.ready is None:
+            self.welcome = welcome
+            self.decoder = self._load(welcome)
+            self.ready = _measured(welcome, self.rank, self.decoder)
+        self._send(self.ready)
+
+    def _load(self, welcome: Welcome) -> Decoder:
+        config = welcome.config
+        path = model_path(config.model.model)
+        if fingerprint(path) != welcome.model.fingerprint:
+            raise ConfigError(f"{path}: this is not the checkpoint that the scheduler sees; compare the files")
+        device = pick_device(self.device or config.model.device, self.rank)
+        set_threads(config)
+        self.group = connect(welcome.rendezvous, self.rank, config.parallel.tensor_parallel_size, device)
+        reported_at = 0.0
+
+        def report(done: int, total: int) -> None:
+            nonlocal reported_at
+            if time.monotonic() >= reported_at + PROGRESS_S:
+                reported_at = time.monotonic()
+                detail = f"{done / 2**20:,.0f} of {total / 2**20:,.0f} MiB"
+                self._send(Progress("loading", done / total, detail))
+
+        started = time.monotonic()
+        decoder = load_decoder(
+            path, config.model, self.group, device, max_model_len=welcome.model.max_model_len, on_bytes=report
+        )
+        log.info("loaded %s in %.2f s", path, time.monotonic() - started)
+        return decoder
+
+    def _allocate(self, decoder: Decoder, message: Allocate) -> None:
+        assert self.welcome, "a decoder was loaded for somebody"
+        self._send(Progress("allocating", 0.0))
+        size = (message.num_blocks, message.block_size)
+        if self.runner and (self.runner.num_blocks, self.runner.block_size) == size:
+            self.runner.forget()
+        else:
+            self.runner = None  # before there is another: both may not fit
+            self.runner = Runner(
+                decoder,
+                num_rows=self.welcome.config.scheduler.max_num_seqs,
+                max_len=self.welcome.model.max_model_len,
+                num_blocks=message.num_blocks,
+                block_size=message.block_size,
+            )
+        self._send(Progress("warming up", 0.0))
+        self.runner.warm_up()
+        self._send(Allocated(self.rank))
+
+    def _step(self, runner: Runner, plan: StepPlan) -> None:
+        output = runner.step(plan)
+        if self.rank:
+            return
+        for row, why in output.faults:
+            self._send(RequestFault(plan.epoch, plan.step, row, why))
+        counts = pack(int(token is not None) for token in output.tokens)
+        tokens = pack(token for token in output.tokens if token is not None)
+        self._send(StepResult(plan.epoch, plan.step, counts, tokens))
+
+
+def _measured(welcome: Welcome, rank: int, decoder: Decoder) -> WorkerReady:
+    config = welcome.config
+    available = kv_cache.available_bytes(
+        config.cache,
+        decoder.device,
+        num_ranks=config.parallel.tensor_parallel_size,
+        peak_bytes=lambda: peak_bytes(
+            decoder,
+            num_rows=config.scheduler.max_num_seqs,
+            max_len=welcome.model.max_model_len,
+            block_size=config.cache.block_size,
+            num_tokens=config.scheduler.max_num_batched_tokens,
+        ),
+    )
+    return WorkerReady(
+        rank=rank,
+        fingerprint=welcome.model.fingerprint,
+        device=_described(decoder.device),
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        block_bytes=kv_cache.block_bytes(decoder.kv_shape, config.cache.block_size, decoder.dtype),
+        available_bytes=available,
+    )
+
+
+def _described(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return f"CPU, {torch.get_num_threads()} threads"
