@@ -1,12 +1,12 @@
 """What a user gets wrong is told to them in one clear message, and the server, where there is one, lives."""
 
 import json
+import os
 import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import pytest
 
 from ..checkpoints import model_for, write_tokenizer
@@ -81,13 +81,13 @@ def test_a_port_in_use_says_by_whom() -> None:
         taken.listen()
         code, output = run_to_end("--port", taken.getsockname()[1])
     assert code == 1
-    assert str(taken.getsockname) or "pytest" in output
-    assert "pid" in output
+    assert f"process {os.getpid()}" in output
+    assert "--port" in output
 
 
 def test_a_misspelt_option_names_the_nearest() -> None:
     code, output = run_to_end("--max-model-length", 5)
-    assert code == 2 or code == 1
+    assert code == 1
     assert "--max-model-len" in output
 
 
@@ -155,8 +155,7 @@ def test_the_server_lives_through_all_of_it(demo: Server) -> None:
 def test_api_keys_guard_everything_but_health() -> None:
     with Server("--api-key", "first-key", "second-key") as server:
         headers = {"authorization": "Bearer second-key"}
-        while server.http.get("/ready").status_code != 200 if _answers(server) else True:
-            assert server.process.poll() is None
+        server.wait_ready()
         for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/nowhere"):
             assert server.http.get(path).status_code == 401, path
             assert server.http.get(path, headers={"authorization": "Bearer first-kez"}).status_code == 401
@@ -165,10 +164,3 @@ def test_api_keys_guard_everything_but_health() -> None:
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"
         assert not [p for p in server.tree()[1:] if "first-key" in " ".join(p.cmdline())]
-
-
-def _answers(server: Server) -> bool:
-    try:
-        return server.http.get("/health").status_code == 200
-    except httpx.HTTPError:
-        return False

@@ -39,7 +39,10 @@ def ask(url: str, prefix: tuple[str, ...] = ()) -> str:
         return text
     body = f'{{"model": "demo", "prompt": {PROMPT!r}, "max_tokens": 32, "temperature": 0}}'.replace("'", '"')
     answer_text = subprocess.run(
-        [*prefix, "curl", "-sf", f"{url}/v1/completions", "-d", body], capture_output=True, text=True, check=True
+        [*prefix, "curl", "-sf", "-H", "content-type: application/json", f"{url}/v1/completions", "-d", body],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     return str(httpx.Response(200, text=answer_text).json()["choices"][0]["text"])
 

@@ -109,8 +109,11 @@ def test_frontend_and_scheduler_stay_small(demo: Server) -> None:
     assert max(sizes.values()) <= 150, sizes
 
 
-def test_nothing_is_left_in_the_run_directory(tmp_path: Path) -> None:
-    with Server("--run-dir", tmp_path / "run") as server:
+def test_the_run_directory_is_private_and_goes_with_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with Server() as server:
         server.wait_ready()
-        assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+        (run_dir,) = tmp_path.iterdir()
+        assert run_dir.stat().st_mode & 0o777 == 0o700
+        assert (run_dir / "config.yaml").stat().st_mode & 0o777 == 0o600
+    assert not list(tmp_path.iterdir())
