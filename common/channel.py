@@ -132,17 +132,8 @@ class Link(Generic[T]):
     """The connecting end of a wire. Reconnects by itself; what is sent meanwhile waits."""
 
     def __init__(self, context: zmq.Context[Any], address: str, union: Any) -> None:
-        check_address(address)
         self.codec: Codec[T] = Codec(union)
-        self.socket = context.socket(zmq.DEALER)
-        self._connect(address)
-
-    def _connect(self, address: str) -> None:
-        _tune(self.socket)
-        self.socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes + os.getpid().to_bytes(4, "little"))
-        self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        self.socket.connect(address)
+        self.socket = _dealer(context, address)
 
     def receive(self, timeout_s: float | None = None) -> T | None:
         """The next message, or None when none came in time (or only one that does not decode). None waits for ever."""
@@ -161,10 +152,8 @@ class AsyncLink(Generic[T]):
     """`Link` for an event loop. One task receives; any may send."""
 
     def __init__(self, context: "zmq.asyncio.Context", address: str, union: Any) -> None:
-        check_address(address)
         self.codec: Codec[T] = Codec(union)
-        self.socket = context.socket(zmq.DEALER)
-        Link._connect(self, address)  # type: ignore[arg-type]
+        self.socket = _dealer(context, address)
 
     async def receive(self) -> T | None:
         """The next message; None for a frame that does not decode."""
@@ -200,6 +189,18 @@ def memory_pair(near_receives: Any, far_receives: Any) -> tuple[MemoryEnd[Any], 
     far: MemoryEnd[Any] = MemoryEnd(far_receives)
     near.peer, far.peer = far, near
     return near, far
+
+
+def _dealer(context: Any, address: str) -> Any:
+    """A connected socket of the context's kind, with an identity of its own that survives reconnection."""
+    check_address(address)
+    socket = context.socket(zmq.DEALER)
+    _tune(socket)
+    socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes + os.getpid().to_bytes(4, "little"))
+    socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    socket.connect(address)
+    return socket
 
 
 def _tune(socket: "zmq.Socket[Any]") -> None:

@@ -28,9 +28,9 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     model: Annotated[str, option("Local directory, Hugging Face repository, or 'demo', the built-in model.", metavar="MODEL")] = "demo"
     tokenizer: Annotated[str | None, option("Directory of the tokenizer, when it is not the model's.", metavar="DIR")] = None
-    served_model_name: Annotated[tuple[str, ...], option("Names that requests may use for the model. Default: the value of --model.", metavar="NAME")] = ()
+    served_model_name: Annotated[tuple[str, ...], option("Names that requests may use for the model. By default the value of --model.", metavar="NAME")] = ()
     dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], option("Type of weights and activations; auto: the checkpoint's.")] = "auto"
-    max_model_len: Annotated[Positive | None, option("Tokens of prompt and output together. Default: the model's own limit.", metavar="TOKENS")] = None
+    max_model_len: Annotated[Positive | None, option("Tokens of prompt and output together. By default the model's own limit.", metavar="TOKENS")] = None
     load_format: Annotated[Literal["auto", "dummy"], option("auto: safetensors; dummy: random weights, only config.json is needed.")] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], option("Where the workers compute; auto: a GPU when there is one.")] = "auto"
     seed: Annotated[int, option("Seed of dummy weights.", ge=0)] = 0
@@ -40,7 +40,7 @@ class CacheConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """KV cache"""
 
     block_size: Annotated[int, option("Tokens per KV block.", ge=1, le=256, metavar="TOKENS")] = 16
-    gpu_memory_utilization: Annotated[Share | None, option("Share of the device's memory for weights and KV cache. Default: 0.9 of a GPU, 0.5 of the memory that is free on a CPU.", metavar="SHARE")] = None
+    gpu_memory_utilization: Annotated[Share | None, option("Share of the device's memory for weights and KV cache. By default 0.9 of a GPU, 0.5 of the memory that is free on a CPU.", metavar="SHARE")] = None
     kv_cache_memory: Annotated[Positive | None, option("Memory of the KV cache per worker, in place of the share above (4GiB, 512MiB, ...).", aliases=("kv-cache-memory-bytes",), metavar="BYTES")] = None
     num_gpu_blocks_override: Annotated[Positive | None, option("Number of KV blocks, whatever the memory.", metavar="BLOCKS")] = None
     enable_prefix_caching: Annotated[bool, option("Share the KV blocks of equal prefixes.")] = True
@@ -51,7 +51,7 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     max_num_seqs: Annotated[int, option("Sequences that run at once.", ge=1, le=4096, metavar="SEQS")] = 256
     max_num_batched_tokens: Annotated[int, option("Tokens per step; a longer prompt is computed in chunks.", ge=1, metavar="TOKENS")] = 2048
-    max_num_queued_reqs: Annotated[Positive | None, option("Sequences that may wait; one more is answered with 503. Default: 16 for each of --max-num-seqs.", metavar="SEQS")] = None
+    max_num_queued_reqs: Annotated[Positive | None, option("Sequences that may wait; one more is answered with 503. By default 16 for each of --max-num-seqs.", metavar="SEQS")] = None
     pipeline_depth: Annotated[int, option("Steps in flight: 1 waits for each, 2 plans one while another runs.", ge=1, le=8, metavar="STEPS")] = 2
 
 
@@ -59,8 +59,8 @@ class ParallelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Parallelism"""
 
     tensor_parallel_size: Annotated[int, option("Workers that split each layer between them.", ge=1, le=64, aliases=("tp",), metavar="N")] = 1
-    threads: Annotated[Positive | None, option("CPU threads of each worker. Default: the cores divided by the workers.", metavar="N")] = None
-    master_addr: Annotated[str | None, option("Address of rank 0, when the workers are on several hosts. Default: they meet through a file.", metavar="HOST")] = None
+    threads: Annotated[Positive | None, option("CPU threads of each worker. By default the cores divided by the workers.", metavar="N")] = None
+    master_addr: Annotated[str | None, option("Address of rank 0, when the workers are on several hosts. By default they meet through a file.", metavar="HOST")] = None
     master_port: Annotated[int, option("Port on --master-addr where the workers meet.", ge=1, le=65535, metavar="PORT")] = 29501
 
 
@@ -70,7 +70,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     host: Annotated[str, option("Address to listen on. Anything but loopback should go with --api-key.", metavar="HOST")] = "127.0.0.1"
     port: Annotated[int, option("Port to listen on; 0 picks a free one.", ge=0, le=65535, metavar="PORT")] = 8000
     frontends: Annotated[int, option("HTTP processes that share the port.", ge=1, le=64, aliases=("api-server-count",), metavar="N")] = 1
-    api_key: Annotated[tuple[str, ...], option("Keys, one of which each request must bring (Authorization: Bearer ...).", metavar="KEY")] = ()
+    api_key: Annotated[tuple[str, ...], option("Keys, one of which each request must bring (Authorization: Bearer ...); as themselves or as sha256:HEX.", metavar="KEY")] = ()
     chat_template: Annotated[str | None, option("File with a Jinja chat template, in place of the tokenizer's.", metavar="FILE")] = None
     strict_fields: Annotated[bool, option("Answer a request with an unknown field with 400 instead of a warning header.")] = False
     max_body_bytes: Annotated[int, option("Largest request body.", ge=1024, metavar="BYTES")] = 16 << 20

@@ -4,10 +4,16 @@ Names and buckets are vLLM's where the meaning is the same, so that its dashboar
 "quire:". Counters are exported with the suffix _total.
 """
 
+from bisect import bisect_left
+from collections.abc import Iterable
+from itertools import accumulate
 from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 M = TypeVar("M", Counter, Gauge)
 
@@ -84,6 +90,25 @@ TOKEN_BUCKETS = (
 STEP_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
+class Histogram(Collector):
+    """Counts by upper bound. Unlike the library's, it takes many equal values at once: a step gives one per row."""
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...], model_name: str) -> None:
+        self._name, self._text, self._bounds, self._model_name = name, text, bounds, model_name
+        self._counts = [0] * (len(bounds) + 1)  # the last one is beyond every bound
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        family.add_metric([self._model_name], list(zip(names, accumulate(self._counts), strict=True)), self._sum)
+        yield family
+
+
 class Metrics:
     """One engine's metrics. Construct one per scheduler; nothing is global."""
 
@@ -127,8 +152,10 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return self._bind(Counter(name, text, ("model_name", *labels), registry=self.registry), labels)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, ("model_name",), buckets=buckets, registry=self.registry).labels(self.model_name)
+    def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(name, text, bounds, self.model_name)
+        self.registry.register(histogram)
+        return histogram
 
     def _bind(self, metric: M, labels: tuple[str, ...]) -> M:
         """Metrics without labels of their own are bound at once; of the others, `metric.labels(model_name, value)` is."""

@@ -46,10 +46,6 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     skip_special_tokens: Annotated[bool, Meta(description="Leave special tokens out of the text.")] = True
     # fmt: on
 
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
     def checked(self) -> "SamplingParams":
         """The same parameters once types and ranges hold; raises `RequestError` naming the field otherwise."""
         return check(msgspec.to_builtins(self))

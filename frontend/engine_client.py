@@ -86,17 +86,13 @@ class EngineClient:
         if open_ids := list(self._streams):
             self._outbox.put_nowait(Abort(open_ids))
         self._end(EngineDead("the connection to the engine was closed"))
-        while not self._outbox.empty():
+        while not self._outbox.empty() and not any(task.done() for task in self._tasks):
             await asyncio.sleep(0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._link.close()
         await asyncio.to_thread(self._context.term)  # waits until the Abort is out, a second at most
-
-    @property
-    def welcomed(self) -> bool:
-        return self._welcome is not None
 
     @property
     def config(self) -> EngineConfig:

@@ -1,6 +1,5 @@
 """What every request passes before a route sees it. Plain ASGI: nothing here buffers a body or a response."""
 
-import hashlib
 import hmac
 import string
 import uuid
@@ -8,6 +7,7 @@ from collections.abc import Collection, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..common import keys
 from ..common.errors import RequestError
 from . import errors
 
@@ -89,26 +89,25 @@ class ApiKeys:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.digests: tuple[bytes, ...] = ()
+        self.digests: tuple[str, ...] = ()
 
-    def use(self, keys: Iterable[str]) -> None:
-        """From now on; no keys: nobody is asked. Keys are kept as digests only."""
-        self.digests = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+    def use(self, digests: Iterable[str]) -> None:
+        """From now on, the keys that `common.keys` made these of; none: nobody is asked."""
+        self.digests = tuple(digests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         principal = ""
         if self.digests and scope["path"] not in OPEN_PATHS:
             scheme, _, key = _header(scope, b"authorization").partition(b" ")
-            given = hashlib.sha256(key.strip()).digest()
-            matches = [
-                hmac.compare_digest(given, digest) for digest in self.digests
-            ]  # all of them: time must not tell which
+            given = keys.digest(key.strip())
+            # All of them: time must not tell which.
+            matches = [hmac.compare_digest(given, known) for known in self.digests]
             if scheme.lower() != b"bearer" or not any(matches):
                 await answer(
                     RequestError("missing or wrong API key; send 'Authorization: Bearer KEY'", status=401), send
                 )
                 return
-            principal = given.hex()[:16]
+            principal = given.removeprefix("sha256:")[:16]
         scope.setdefault("state", {})["principal"] = principal
         await self.app(scope, receive, send)
 

@@ -19,6 +19,7 @@ from msgspec import Struct, structs
 
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
+from ..common.keys import configured
 
 ENV_PREFIX = "QUIRE_"
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -243,14 +244,17 @@ def from_keywords(keywords: Mapping[str, Any]) -> EngineConfig:
 
 
 def build(values: Mapping[str, tuple[str, Any]]) -> EngineConfig:
-    """The one validation: name -> (source, value) to a configuration. Raises ConfigError."""
+    """The one validation: name -> (source, value) to a configuration, in which keys are digests. Raises ConfigError."""
     tree: dict[str, dict[str, Any]] = {}
     for name, (_, value) in values.items():
         tree.setdefault(BY_NAME[name].group, {})[name] = value
     try:
-        return msgspec.convert(tree, EngineConfig)
+        config = msgspec.convert(tree, EngineConfig)
     except msgspec.ValidationError as error:
         raise _explained(str(error), values) from None
+    return structs.replace(
+        config, server=structs.replace(config.server, api_key=tuple(map(configured, config.server.api_key)))
+    )
 
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..common.messages import PEER_TIMEOUT_S, PROTOCOL, Hello, Progress, WorkerReady
+from ..common.messages import PEER_TIMEOUT_S, PROTOCOL, Capacity, Hello, Progress, WorkerReady
 
 STRANGER_EPOCH = 0  # in a Heartbeat to a peer that is not known: no scheduler's epoch, so the peer says Hello
 
@@ -71,11 +71,17 @@ class Frontends:
         return self._peers.pop(identity)
 
 
-class Workers:
-    """By identity; one for each rank. They are never dropped for silence: a step may take long."""
+class WorkerGroup:
+    """Workers by identity, one for each rank. They are never dropped for silence: a step may take long.
 
-    def __init__(self, num_ranks: int, fingerprint: str) -> None:
+    What binds them is a group's, not a scheduler's: the epoch of its plans, where its ranks meet, how much it holds.
+    """
+
+    def __init__(self, num_ranks: int, fingerprint: str, *, epoch: int, rendezvous: str) -> None:
         self.num_ranks = num_ranks
+        self.epoch = epoch
+        self.rendezvous = rendezvous
+        self.capacity: Capacity | None = None  # decided, though not allocated yet
         self._fingerprint = fingerprint
         self._peers: dict[bytes, Worker] = {}
 

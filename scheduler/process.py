@@ -42,7 +42,7 @@ from ..common.messages import (
 from ..common.model_info import ModelInfo
 from ..common.process import on_termination
 from . import startup
-from .peers import STRANGER_EPOCH, Frontends, Worker, Workers
+from .peers import STRANGER_EPOCH, Frontends, Worker, WorkerGroup
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .serving import Serving
@@ -59,8 +59,7 @@ class Process:
     def __init__(self, config: EngineConfig, info: ModelInfo, *, address: str, run_dir: Path) -> None:
         """Binds both wires. Raises ConfigError when it cannot."""
         self.config, self.info = config, info
-        self.epoch = time.time_ns() // 1_000_000
-        self._rendezvous = startup.rendezvous(config, run_dir, self.epoch)
+        self.epoch = _new_epoch()  # of this scheduler, to frontends
         self._context: zmq.Context[Any] = zmq.Context()
         frontends_wire, workers_wire = wires(address)
         try:
@@ -70,10 +69,9 @@ class Process:
             self._context.destroy(linger=0)
             raise
         self._frontends = Frontends()
-        self._workers = Workers(config.parallel.tensor_parallel_size, info.fingerprint)
+        self._workers = _new_group(config, info, run_dir)
         self._recorder = Recorder(info.model, caching=config.cache.enable_prefix_caching)
         self._serving: Serving | None = None  # once the workers have memory
-        self._capacity: Capacity | None = None  # decided, though not allocated yet
         self._status = startup.phase([], self._workers.num_ranks)
         self._told_at = self._beat_at = self._turn_at = time.monotonic()
         self._checked = True
@@ -179,9 +177,11 @@ class Process:
             hub.send(identity, Refused(objection))
             return
         log.debug("welcomed %s", hello.name)
-        hub.send(identity, Welcome(self.epoch, self.config, self.info, self._rendezvous))
         if hub is self._to_frontends:
+            hub.send(identity, Welcome(self.epoch, self.config, self.info))
             hub.send(identity, self._status)
+        else:
+            hub.send(identity, Welcome(self._workers.epoch, self.config, self.info, self._workers.rendezvous))
         self._count_peers()
 
     def _drop_frontend(self, identity: bytes, why: str) -> None:
@@ -211,12 +211,16 @@ class Process:
                 worker.progress = message
             case WorkerReady(rank) if rank == worker.rank:
                 self._worker_ready(identity, worker, message)
-            case Allocated(rank) if rank == worker.rank and self._capacity is not None:
+            case Allocated(rank) if rank == worker.rank and self._workers.capacity is not None:
                 worker.allocated = True
-                self._serve_when_allocated(self._capacity)
-            case StepResult() if worker.rank == 0 and message.epoch == self.epoch and self._serving is not None:
+                self._serve_when_allocated(self._workers.capacity)
+            case StepResult() if (
+                worker.rank == 0 and message.epoch == self._workers.epoch and self._serving is not None
+            ):
                 self._result(self._serving, message)
-            case RequestFault() if worker.rank == 0 and message.epoch == self.epoch and self._serving is not None:
+            case RequestFault() if (
+                worker.rank == 0 and message.epoch == self._workers.epoch and self._serving is not None
+            ):
                 self._serving.fault(message, time.monotonic())
             case WorkerFault(_, why):
                 raise EngineError(f"worker {worker.rank}: {why}")
@@ -230,8 +234,8 @@ class Process:
             raise ConfigError(problem)
         worker.ready = ready
         log.info("worker %d is loaded: %s, %s", worker.rank, ready.device, ready.dtype)
-        if self._capacity is not None:  # it has said so before
-            self._to_workers.send(identity, self._allocate(self._capacity))
+        if self._workers.capacity is not None:  # it has said so before
+            self._to_workers.send(identity, self._allocate(self._workers.capacity))
             return
         reports = [worker.ready for worker in self._workers.all if worker.ready is not None]
         if len(reports) < self._workers.num_ranks:
@@ -239,12 +243,12 @@ class Process:
         max_model_len = self.info.max_model_len
         count = startup.num_blocks(reports, self.config, max_model_len)
         block_size = self.config.cache.block_size
-        self._capacity = Capacity(count, block_size, max_model_len, self.config.scheduler.max_num_seqs)
+        self._workers.capacity = Capacity(count, block_size, max_model_len, self.config.scheduler.max_num_seqs)
         for identity in self._workers:
-            self._to_workers.send(identity, self._allocate(self._capacity))
+            self._to_workers.send(identity, self._allocate(self._workers.capacity))
 
     def _allocate(self, capacity: Capacity) -> Allocate:
-        return Allocate(self.epoch, capacity.num_blocks, capacity.block_size)
+        return Allocate(self._workers.epoch, capacity.num_blocks, capacity.block_size)
 
     def _serve_when_allocated(self, capacity: Capacity) -> None:
         workers = self._workers.all
@@ -252,7 +256,7 @@ class Process:
             return
         config = self.config
         scheduler = Scheduler(
-            config.scheduler, config.cache, capacity.num_blocks, capacity.max_model_len, epoch=self.epoch
+            config.scheduler, config.cache, capacity.num_blocks, capacity.max_model_len, epoch=self._workers.epoch
         )
         self._serving = Serving(scheduler, self.info, self._recorder, config.scheduler.pipeline_depth)
         log.info("ready: %d KV blocks of %d tokens", capacity.num_blocks, capacity.block_size)
@@ -302,7 +306,7 @@ class Process:
         for identity in self._frontends.silent(now):
             self._drop_frontend(identity, f"has been silent for {PEER_TIMEOUT_S:.0f} s")
         self._broadcast_frontends(Heartbeat(self.epoch))
-        frame = encode(Heartbeat(self.epoch))
+        frame = encode(Heartbeat(self._workers.epoch))
         for identity in self._workers:
             if not self._to_workers.send_frame(identity, frame):
                 raise self._gone(identity)
@@ -320,6 +324,21 @@ class Process:
         self._broadcast_frontends(message)
         for identity in self._workers:
             self._to_workers.send(identity, message)
+
+
+def _new_epoch() -> int:
+    """Higher than any before it on this host."""
+    return time.time_ns() // 1_000_000
+
+
+def _new_group(config: EngineConfig, info: ModelInfo, run_dir: Path) -> WorkerGroup:
+    epoch = _new_epoch()
+    return WorkerGroup(
+        config.parallel.tensor_parallel_size,
+        info.fingerprint,
+        epoch=epoch,
+        rendezvous=startup.rendezvous(config, run_dir, epoch),
+    )
 
 
 def main(config: EngineConfig, info: ModelInfo, *, address: str, run_dir: Path, supervised: bool) -> int:

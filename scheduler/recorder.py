@@ -2,8 +2,6 @@
 
 from collections import Counter
 
-from prometheus_client import Histogram
-
 from ..common.messages import Output
 from ..common.metrics import Metrics
 from .request import Request
@@ -52,7 +50,7 @@ class Recorder:
             if output.finish is not None:
                 self.ended(request, output.finish, now)
         for last, count in gaps.items():
-            _observe(metrics.itl, now - last, count)
+            metrics.itl.observe(now - last, count)
         metrics.generation_tokens.inc(num_tokens)
 
     def ended(self, request: Request, reason: str, now: float) -> None:
@@ -80,12 +78,3 @@ class Recorder:
         metrics.blocks_total.set(pool.num_blocks)
         metrics.blocks_free.set(pool.num_free)
         metrics.kv_usage.set(1 - pool.num_free / pool.num_blocks)
-
-
-def _observe(histogram: Histogram, value: float, count: int) -> None:
-    """`count` observations of one value. The library only has them one by one, at 2 us each: too slow for every token."""
-    histogram._sum.inc(value * count)
-    for bound, bucket in zip(histogram._upper_bounds, histogram._buckets, strict=True):
-        if value <= bound:
-            bucket.inc(count)
-            break

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from quire.common.config import ServerConfig
+from quire.common.keys import configured
 
 from .fake_scheduler import FakeScheduler, frontend_process, http, wait_ready
 
@@ -30,7 +31,9 @@ PATHS = [
 @pytest.fixture(scope="module")
 def guarded(make_scheduler) -> Iterator[tuple[FakeScheduler, str]]:
     with (
-        make_scheduler(ServerConfig(api_key=KEYS, strict_fields=True, max_body_bytes=2048)) as scheduler,
+        make_scheduler(
+            ServerConfig(api_key=tuple(map(configured, KEYS)), strict_fields=True, max_body_bytes=2048)
+        ) as scheduler,
         frontend_process(scheduler.address) as (_, url),
     ):
         wait_ready(url)
@@ -45,7 +48,7 @@ def bearer(key: str) -> dict[bytes, bytes]:
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "HEAD"])
 def test_every_route_but_the_probes_asks_for_a_key(guarded, path: str, method: str) -> None:
     url = guarded[1]
-    wrong = ["first-ke", "first-keyx", "FIRST-KEY", "first-key second-key"]
+    wrong = ["first-ke", "first-keyx", "FIRST-KEY", "first-key second-key", configured(KEYS[0])]
     for headers in (
         {},
         *(bearer(key) for key in wrong),

@@ -228,6 +228,12 @@ def test_help_and_table_name_every_option() -> None:
     assert printed.stdout.strip() == table
 
 
+def test_no_configuration_holds_a_key_in_the_clear() -> None:
+    config = build({"api_key": ("", ["sesame", "open"])})
+    assert "sesame" not in repr(config)
+    assert build({"api_key": ("", list(config.server.api_key))}) == config  # digests stand for themselves
+
+
 def test_what_is_printed_holds_no_api_key() -> None:
     config = build({"api_key": ("", ["sesame", "open"]), "port": ("", 81)})
     text = printable(config)
