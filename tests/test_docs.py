@@ -50,7 +50,7 @@ def test_every_folder_says_what_lives_in_it(package: str) -> None:
 
 
 def test_nothing_speaks_of_the_machine_it_was_written_on() -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     texts = {
         name: (ROOT / name).read_text(errors="replace")
         for name in tracked

@@ -247,10 +247,15 @@ def right_sums(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pair
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
+    copy.deepcopy(model).bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    path = out / "tokenizer_config.json"  # the class name that every version of transformers knows
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
+    # Computed in float32 unless told otherwise: so small a model need not save, and every way of serving it then agrees.
+    amend(out / "config.json", dtype="float32")
+    amend(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # a name that every version knows
+
+
+def amend(file: Path, **changes: str) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=2))
 
 
 def train(out: Path, minutes: float, peak_rate: float, resume: bool) -> None:
@@ -267,7 +272,7 @@ def train(out: Path, minutes: float, peak_rate: float, resume: bool) -> None:
         tokenizer = build_tokenizer(documents + chats)
         config = LlamaConfig(
             vocab_size=VOCAB, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, rope_theta=10000.0,
+            num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             tie_word_embeddings=True, bos_token_id=0, eos_token_id=2, pad_token_id=0,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
