@@ -276,8 +276,8 @@ def train(out: Path, minutes: float, peak_rate: float, resume: bool) -> None:
             tie_word_embeddings=True, bos_token_id=0, eos_token_id=2, pad_token_id=0,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
-        ids = {"bos_token_id": 0, "eos_token_id": [2, 0], "pad_token_id": 0}
-        model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, **ids)
+        special = {"bos_token_id": 0, "eos_token_id": [2, 0], "pad_token_id": 0}
+        model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, **special)
     encoded = [
         np.concatenate([tokenizer.encode(text + END_OF_TEXT, add_special_tokens=False) for text in part])
         for part in (documents, validation)
