@@ -10,6 +10,7 @@ import logging
 import os
 import uuid
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -17,9 +18,12 @@ import zmq
 import zmq.asyncio
 
 from .errors import ConfigError
-from .messages import HEARTBEAT_S, MAX_FRAME_BYTES, PEER_TIMEOUT_S, Message
+from .messages import HEARTBEAT_S, MAX_FRAME_BYTES, Message
 
 log = logging.getLogger(__name__)
+
+HUB_BACKLOG = 10_000  # frames of one peer that may wait here; beyond that they wait at the sender
+LINK_TIMEOUT_S = 30.0  # a host unheard of for this long is gone; a process paused in a debugger for less is not
 
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
@@ -63,8 +67,8 @@ def check_address(address: str) -> None:
             )
         return
     host, _, port = rest.rpartition(":")
-    if scheme != "tcp" or not host or not port.isdigit():
-        raise ConfigError(f"{address}: expected tcp://HOST:PORT or ipc:///PATH")
+    if scheme != "tcp" or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{address}: expected tcp://HOST:PORT, with a port up to 65535, or ipc:///PATH")
     if host in {"*", "0.0.0.0", "[::]", "::"}:
         raise ConfigError(f"{address}: internal sockets do not listen on every interface; name the address of one")
 
@@ -78,6 +82,8 @@ def wires(address: str) -> tuple[str, str]:
     if address.startswith("ipc://"):
         return f"{address}/frontends", f"{address}/workers"
     host, _, port = address.rpartition(":")
+    if not 1 <= int(port) < 65535:
+        raise ConfigError(f"{address}: the port must be from 1 to 65534; the workers use the one after it")
     return address, f"{host}:{int(port) + 1}"
 
 
@@ -89,7 +95,8 @@ class Hub(Generic[T]):
         check_address(address)
         self.codec: Codec[T] = Codec(union)
         self.socket = context.socket(zmq.ROUTER)
-        _tune(self.socket)
+        _tune(self.socket, address)
+        self.socket.setsockopt(zmq.RCVHWM, HUB_BACKLOG)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a peer that is gone is an error here, not a silent loss
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects takes its identity along
         try:
@@ -98,17 +105,17 @@ class Hub(Generic[T]):
             raise ConfigError(f"cannot listen on {address}: {error.strerror}") from None
         self.address: str = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    def receive(self) -> tuple[bytes, T] | None:
-        """The next message and its sender, or None when there is none now. Never waits."""
-        while True:
+    def received(self, limit: int) -> Iterator[tuple[bytes, T]]:
+        """The messages that are here, each with its sender. Looks at `limit` frames at most, and never waits."""
+        for _ in range(limit):
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return None
+                return
             if len(frames) != 2:
                 self.codec.drop(f"{len(frames) - 1} parts, expected one")
             elif (message := self.codec.decode(frames[1])) is not None:
-                return frames[0], message
+                yield frames[0], message
 
     def send(self, peer: bytes, message: Message) -> bool:
         """False when the peer is gone."""
@@ -195,7 +202,7 @@ def _dealer(context: Any, address: str) -> Any:
     """A connected socket of the context's kind, with an identity of its own that survives reconnection."""
     check_address(address)
     socket = context.socket(zmq.DEALER)
-    _tune(socket)
+    _tune(socket, address)
     socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes + os.getpid().to_bytes(4, "little"))
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
@@ -203,13 +210,14 @@ def _dealer(context: Any, address: str) -> Any:
     return socket
 
 
-def _tune(socket: "zmq.Socket[Any]") -> None:
+def _tune(socket: "zmq.Socket[Any]", address: str) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)  # bounded above, by admission; a full queue here would drop messages silently
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000))
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(PEER_TIMEOUT_S * 1000))
+    if address.startswith("tcp://"):  # on one host a dead peer's connection closes; a paused one is to be waited for
+        socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000))
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(LINK_TIMEOUT_S * 1000))
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
     with contextlib.suppress(AttributeError, zmq.ZMQError):  # not on every platform, and only tcp needs it
         socket.setsockopt(zmq.TCP_KEEPALIVE, 1)

@@ -199,10 +199,11 @@ class RequestFault(Message, frozen=True):
 
 
 class WorkerFault(Message, frozen=True):
-    """This worker cannot go on; it exits after sending this."""
+    """This worker cannot go on; it exits with `code` after sending this."""
 
     rank: int
     why: str
+    code: int
 
 
 # --- scheduler -> worker ----------------------------------------------------------------------------------------------

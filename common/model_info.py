@@ -1,14 +1,14 @@
 """Facts of a model that its small files tell, read without torch: `config.json`, `generation_config.json`, file sizes."""
 
 import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
-from .errors import ConfigError
+from .errors import ConfigError, RequestError
+from .model_file import ModelFile
+from .sampling import check
 
 DEMO = Path(__file__).resolve().parent.parent / "worker" / "models" / "demo"
 ENDLESS = 1 << 20  # a model without a stated limit (ALiBi, for one) is served up to this many tokens
@@ -57,50 +57,45 @@ def _hub_snapshot(model: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """`config.json` of a model directory; raises ConfigError when it is absent or not JSON."""
+def read_config(path: Path) -> ModelFile:
+    """`config.json` of a model directory; raises ConfigError when it is absent or not a JSON object."""
     file = path / "config.json"
     if not file.is_file():
         raise ConfigError(f"{path}: there is no config.json in this directory; it does not hold a model")
-    return _read_json(file)
+    return ModelFile.read(file)
 
 
 def read_model_info(model: str, path: Path, *, max_model_len: int | None = None) -> ModelInfo:
     """Raises ConfigError for files that cannot be read and for a `max_model_len` that the model was not made for."""
     config = read_config(path)
-    text = config.get("text_config", config)
-    generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
-    architectures = config.get("architectures") or ["unknown"]
-    limit = context_length(text)
+    generation_file = path / "generation_config.json"
+    generation = ModelFile.read(generation_file) if generation_file.is_file() else ModelFile({})
+    limit = context_length(config)
     if max_model_len is not None and max_model_len > limit:
         raise ConfigError(
             f"--max-model-len {max_model_len} is beyond what {model} was made for; the largest that works is {limit}"
         )
-    if not isinstance(text.get("vocab_size"), int):
-        raise ConfigError(f"{path / 'config.json'}: vocab_size is missing")
+    vocab_size = config.count("vocab_size")
     return ModelInfo(
         model=model,
-        architecture=architectures[0],
-        vocab_size=text["vocab_size"],
+        architecture=(config.names("architectures") or ["unknown"])[0],
+        vocab_size=vocab_size,
         context_length=limit,
         max_model_len=max_model_len or limit,
-        eos_token_ids=_token_ids(generation.get("eos_token_id", text.get("eos_token_id"))),
+        eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id")), vocab_size),
         fingerprint=fingerprint(path),
         default_sampling=_default_sampling(generation),
     )
 
 
-def context_length(config: Mapping[str, Any]) -> int:
+def context_length(config: ModelFile) -> int:
     """Tokens of context a model was made for. RoPE scaling extends the stated limit only where it says from what (YaRN)."""
-    stated = next(
-        (config[k] for k in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length") if config.get(k)),
-        ENDLESS,
-    )
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
-    if scaling.get("rope_type", scaling.get("type")) == "yarn" and original and factor:
-        return max(int(stated), int(original * factor))
-    return int(stated)
+    keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    stated = next((config.count(key) for key in keys if config.get(key) is not None), ENDLESS)
+    scaling = config.part("rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling")
+    if "yarn" in (scaling.get("rope_type"), scaling.get("type")) and "original_max_position_embeddings" in scaling:
+        return max(stated, int(scaling.count("original_max_position_embeddings") * scaling.number("factor")))
+    return stated
 
 
 def fingerprint(path: Path) -> str:
@@ -111,22 +106,20 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _default_sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
+def _default_sampling(generation: ModelFile) -> dict[str, float | int]:
     """The sampling defaults a model recommends; do_sample false says nothing about a server's default (vLLM's reading)."""
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return {name: generation[name] for name in names if isinstance(generation.get(name), int | float)}
-
-
-def _token_ids(value: Any) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [value]
-    return tuple(i for i in ids if isinstance(i, int))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
+    given = {name: generation[name] for name in names if generation.get(name) is not None}
+    if isinstance(top_k := given.get("top_k"), float) and top_k.is_integer():
+        given["top_k"] = int(top_k)
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file}: expected a JSON object, found a {type(value).__name__}")
-    return value
+        check(given)
+    except RequestError as error:
+        raise ConfigError(f"{generation.where}: {error}") from None
+    return given
+
+
+def _token_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
+    """End-of-sequence ids; a model may name some that it has no logits for, and those it will never choose."""
+    ids = value if isinstance(value, list) else [value]
+    return tuple(i for i in ids if type(i) is int and 0 <= i < vocab_size)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
+END = signal.SIGUSR1  # from a supervisor to the processes it started
 
 
 def die_with_parent(lifeline: int | None) -> None:
@@ -29,12 +30,17 @@ def die_with_parent(lifeline: int | None) -> None:
 
 
 def on_termination(act: Callable[[], None], *, supervised: bool) -> None:
-    """Call `act` in the main thread at SIGTERM, and at SIGINT when nobody supervises this process.
+    """Call `act` in the main thread each time this process is asked to end.
 
-    A terminal sends Ctrl-C to every process of a group; under a supervisor that is the supervisor's to act on.
+    By itself: at SIGTERM and SIGINT. Under a supervisor: at `END` alone, which only the supervisor sends. A terminal
+    sends Ctrl-C to a whole process group and systemd SIGTERM to a whole control group; it is the supervisor that then
+    ends the parts in their order, or running requests would lose theirs.
     """
-    signal.signal(signal.SIGTERM, lambda *_: act())
-    signal.signal(signal.SIGINT, signal.SIG_IGN if supervised else lambda *_: act())
+    asking = (END,) if supervised else (signal.SIGTERM, signal.SIGINT)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+    for signum in asking:
+        signal.signal(signum, lambda *_: act())
 
 
 def set_title(title: str) -> None:

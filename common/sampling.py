@@ -76,7 +76,12 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
 
 
 def check(fields: dict[str, object]) -> SamplingParams:
-    """Sampling parameters from plain values (JSON, keyword arguments); raises `RequestError` with `param` set."""
+    """Sampling parameters from plain values (JSON, keyword arguments); raises `RequestError` with `param` set.
+
+    `stop` may be one string.
+    """
+    if isinstance(fields.get("stop"), str):
+        fields = fields | {"stop": [fields["stop"]]}
     for name, value in fields.items():
         for number in value.values() if isinstance(value, dict) else (value,):
             if isinstance(number, float) and not math.isfinite(number):  # NaN passes every comparison

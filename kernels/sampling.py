@@ -1,44 +1,127 @@
-"""Draws from softmax(logits) that depend on (logits, seed, position) alone: Gumbel-max over a counter-based generator.
+"""The next token of each row, from logits to ids: a pure function of a row's logits, parameters, tokens and position.
 
-Philox4x32-10 (Salmon et al., SC'11) in integer arithmetic, so that every backend makes the same bits. Key: the seed's
-two words. Counter: (token id // 4, position's two words, 0); the four words of a result serve four neighbouring ids.
+Order, where it matters vLLM's: bias, penalties, bans, temperature, min-p, top-k, top-p, one draw. The repetition
+penalty multiplies or divides by the sign of the logit, so bias comes before it.
 """
 
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_WORD = 0xFFFFFFFF
+from .filters import keep_likely
+from .gumbel import gumbel_argmax
+from .penalties import Floats, Ints, add_entries, penalize
 
-Words = tuple[Tensor, Tensor, Tensor, Tensor]
+Flags = NDArray[np.bool_]
 
-
-def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Ten rounds. All words are int64 tensors with values in [0, 2**32), broadcast against each other."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wraps into the sign, which the masks take away
-        c0, c1, c2, c3 = (p1 >> 32 & _WORD) ^ c1 ^ k0, p1 & _WORD, (p0 >> 32 & _WORD) ^ c3 ^ k1, p0 & _WORD
-        k0, k1 = k0 + _WEYL[0] & _WORD, k1 + _WEYL[1] & _WORD
-    return c0, c1, c2, c3
+COLDEST = 1e-5  # below this a temperature is greedy: dividing by it would overflow (vLLM's limit, too)
 
 
-def gumbel(seeds_r: Tensor, positions_r: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise [r, vocab_size] float32 for int64 seeds and positions [r].
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """Numbers to add to single logits, as coordinates. The pairs (row, id) are distinct."""
 
-    -log(-log1p(-u)) with u = (word + 1/2) / 2**32: float32 is densest near 0, which is where the winners are, so the
-    race stays fair for tokens far below a probability of 2**-24.
+    rows: Ints  # index into the s rows that sample, ascending
+    ids: Ints
+    values: Floats
+
+    def take(self, which: Flags) -> "Entries":
+        kept = which[self.rows]
+        return Entries((which.cumsum() - 1)[self.rows[kept]], self.ids[kept], self.values[kept])
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What is sampled in one step: columns of s entries on the host, which says what work there is without asking the
+    device."""
+
+    rows: Ints  # index into the tokens of all rows
+    positions: Ints  # index of the sampled token in its sequence, which is the number of tokens before it
+    num_prompt: Ints
+    temperature: Floats
+    top_k: Ints  # 0: all
+    top_p: Floats
+    min_p: Floats
+    repetition: Floats
+    presence: Floats
+    frequency: Floats
+    seeds: Ints
+    bias: Entries
+    bans: Entries  # -inf, of tokens that must not be drawn
+
+    @property
+    def random(self) -> Flags:
+        return np.greater_equal(self.temperature, COLDEST)
+
+    @property
+    def penalized(self) -> Flags:
+        return np.not_equal(self.repetition, 1.0) | np.not_equal(self.presence, 0.0) | np.not_equal(self.frequency, 0.0)
+
+    @property
+    def adjusted(self) -> Flags:
+        """Rows whose logits something changes before they are compared."""
+        which = self.penalized
+        which[self.bias.rows] = which[self.bans.rows] = True
+        return which
+
+    def take(self, which: Flags) -> "Draws":
+        def taken(column: Any) -> Any:
+            return column.take(which) if isinstance(column, Entries) else column[which]
+
+        return Draws(**{field.name: taken(getattr(self, field.name)) for field in fields(self)})
+
+
+def sample(logits_sv: Tensor, draws: Draws, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [s] int64, and which rows hold NaN [s] bool (their id is 0); both on the device.
+
+    `logits_sv` float32 is left as it is; `tokens` [rows, length] int32 are the tokens of all rows;
+    behind a row's own may stand any others. Work is done only for the rows that ask for it: an all-greedy step is
+    one argmax.
     """
-    quads = torch.arange((vocab_size + 3) // 4, device=seeds_r.device)[None]
-    seeds, positions = seeds_r[:, None], positions_r[:, None]
-    counter = (quads, positions & _WORD, positions >> 32 & _WORD, torch.zeros_like(quads))
-    words = torch.stack(philox(counter, (seeds & _WORD, seeds >> 32 & _WORD)), -1).flatten(1)[:, :vocab_size]
-    uniform = ((words.float() + 0.5) * 2.0**-32).clamp_max_(1.0 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform))
+    ids = logits_sv.argmax(-1)
+    faulty = logits_sv.gather(1, ids[:, None])[:, 0].isnan()  # argmax takes NaN for the largest
+    if (touched := draws.adjusted | draws.random).any():
+        at = _indices(touched, logits_sv)
+        ids[at] = _choose(logits_sv[at], draws.take(touched), tokens)
+    return ids.masked_fill_(faulty, 0), faulty
 
 
-def gumbel_argmax(logits_rv: Tensor, seeds_r: Tensor, positions_r: Tensor) -> Tensor:
-    """One draw per row of softmax(logits): ids [r] int64. Logits are float32; -inf is never drawn."""
-    return (logits_rv + gumbel(seeds_r, positions_r, logits_rv.shape[-1])).argmax(-1)
+def _choose(logits_sv: Tensor, draws: Draws, tokens: Tensor) -> Tensor:
+    """As `sample`, for rows of which each asks for something. Overwrites the logits."""
+    _adjust(logits_sv, draws, tokens)
+    ids = logits_sv.argmax(-1)
+    if (random := draws.random).any():
+        chosen = draws.take(random)
+        at = _indices(random, logits_sv)
+        scaled = logits_sv[at] / torch.from_numpy(chosen.temperature).to(logits_sv)[:, None]
+        keep_likely(scaled, min_p_s=chosen.min_p, top_k_s=chosen.top_k, top_p_s=chosen.top_p)
+        seeds, positions = torch.from_numpy(np.stack((chosen.seeds, chosen.positions))).to(logits_sv.device)
+        ids[at] = gumbel_argmax(scaled, seeds, positions)
+    return ids
+
+
+def _adjust(logits_sv: Tensor, draws: Draws, tokens: Tensor) -> None:
+    add_entries(logits_sv, draws.bias.rows, draws.bias.ids, draws.bias.values)
+    if (penalized := draws.penalized).any():
+        chosen = draws.take(penalized)
+        at = _indices(penalized, logits_sv)
+        logits = logits_sv[at]
+        penalize(
+            logits,
+            tokens[torch.from_numpy(chosen.rows).to(tokens.device), : int(chosen.positions.max())],
+            chosen.positions,
+            chosen.num_prompt,
+            repetition_s=chosen.repetition,
+            presence_s=chosen.presence,
+            frequency_s=chosen.frequency,
+        )
+        logits_sv[at] = logits
+    add_entries(logits_sv, draws.bans.rows, draws.bans.ids, draws.bans.values)
+
+
+def _indices(which: Flags, like: Tensor) -> Tensor:
+    return torch.from_numpy(which.nonzero()[0]).to(like.device)

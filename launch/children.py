@@ -16,6 +16,7 @@ from typing import IO, Literal
 
 from ..common.config import EngineConfig
 from ..common.errors import EXIT_CONFIG, EXIT_FATAL
+from ..common.process import END
 from .checks import is_downloadable
 from .options import ENV_PREFIX, to_yaml
 
@@ -185,14 +186,14 @@ class Children:
         return cause_of(known)
 
     def stop(self, grace_s: float, *, impatient: Callable[[], bool] = lambda: False) -> None:
-        """End all that run: SIGTERM, and SIGKILL for those that still do after `grace_s`. Returns when none does.
+        """End all that run: `END`, and SIGKILL for those that still do after `grace_s`. Returns when none does.
 
         The scheduler goes before the workers, and tells them; it would take their end for a fault.
         """
-        self.send(signal.SIGTERM, "frontend", "scheduler", "download")
+        self.send(END, "frontend", "scheduler", "download")
         self.wait(min(grace_s, GOODBYE_S), "scheduler", impatient=impatient)
         self.wait(min(grace_s, GOODBYE_S), "worker", impatient=impatient)
-        self.send(signal.SIGTERM, "worker")
+        self.send(END, "worker")
         self.wait(grace_s, impatient=impatient)
         self.kill()
 

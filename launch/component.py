@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 from ..common.errors import EXIT_CONFIG, EXIT_FATAL, ConfigError
 from ..common.log import configure
-from ..common.process import die_with_parent, set_title
+from ..common.process import END, die_with_parent, set_title
+from .arguments import add_option
+from .options import BY_NAME
 
 log = logging.getLogger(__name__)
 
 ADDRESS = "tcp://127.0.0.1:7700"  # of a scheduler started by hand; PORT + 1 is the workers' wire
-LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def add_lifeline(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +27,7 @@ def add_scheduler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheduler", metavar="ADDRESS", default=ADDRESS, help=f"Where the scheduler listens. Default: {ADDRESS}."
     )
-    parser.add_argument(
-        "--log-level", choices=LOG_LEVELS, default="info", help="Least severe log lines to print. Default: info."
-    )
+    add_option(parser, BY_NAME["log_level"])
 
 
 def run(label: str, title: str, act: Callable[[], int], *, lifeline: int | None, log_level: str) -> int:
@@ -51,7 +50,8 @@ def run(label: str, title: str, act: Callable[[], int], *, lifeline: int | None,
         log.exception("a fault of Quire's: %r", error)
         return EXIT_FATAL
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already: a handler has nothing left to act on
+        for signum in (signal.SIGTERM, END):
+            signal.signal(signum, signal.SIG_IGN)  # it ends already: a handler has nothing left to act on
 
 
 def told(error: ConfigError) -> int:

@@ -6,7 +6,6 @@ What follows from the end of a process is decided in one place, `Supervisor._goe
 
 import contextlib
 import logging
-import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -20,9 +19,9 @@ from ..common.config import EngineConfig
 from ..common.errors import EngineError
 from ..common.log import configure
 from ..common.messages import HEARTBEAT_S, Status
-from ..common.process import set_title
+from ..common.process import END, set_title
 from .banner import banner
-from .checks import check_model, is_downloadable
+from .checks import check_model, check_text_files, is_downloadable
 from .children import Child, Children, Exit, address_of, downloads, engine, frontends
 from .listen import listen, url_of
 from .observer import Observer
@@ -36,6 +35,7 @@ DRAIN_MARGIN_S = 2.0  # a frontend ends by itself at the drain timeout; later it
 GRACE_S = 5.0  # for the scheduler and the workers of a running engine
 LOADING_GRACE_S = 1.0  # nothing is lost before the engine is ready
 FAREWELL_S = 2.0  # after a fault: for the frontends to tell their clients
+NOTICE_S = 2 * HEARTBEAT_S  # for the scheduler to miss a worker: it speaks to each once in HEARTBEAT_S at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ def serve(config: EngineConfig) -> int:
     set_title("quire")
     configure("supervisor", config.server.log_level)
     with listen(config.server.host, config.server.port) as sock:
+        check_text_files(config)
         if not is_downloadable(config.model.model):
             check_model(config.model)
         with run_directory() as run_dir, Signals() as signals:
@@ -137,7 +138,9 @@ class Supervisor:
         cause = self._children.cause(ends)
         log.error("%s; the engine ends", cause)
         self._sock.close()
-        self._children.send(signal.SIGTERM, "scheduler", "worker", "download")  # its farewell reaches the frontends
+        if cause.child.role == "worker":
+            self._children.wait(NOTICE_S, "scheduler", impatient=self._impatient(0))  # it tells the frontends why
+        self._children.send(END, "scheduler", "worker", "download")  # its farewell reaches the frontends
         self._children.wait(FAREWELL_S, "frontend", impatient=self._impatient(0))
         self._children.stop(LOADING_GRACE_S, impatient=self._impatient(0))
         return cause.engine_code
@@ -149,9 +152,9 @@ class Supervisor:
             limit_s, grace_s = self._config.server.drain_timeout + DRAIN_MARGIN_S, GRACE_S
         say("stopping: running requests may finish; once more stops at once" if self._ready else "stopping", sys.stderr)
         self._sock.close()
-        self._children.send(signal.SIGTERM, "frontend", "download")
+        self._children.send(END, "frontend", "download")
         for end in self._children.wait(limit_s, "frontend", impatient=again):
-            if end.code not in (0, -signal.SIGTERM):
+            if end.code not in (0, -END):
                 log.warning("%s while stopping", end)
         self._children.stop(grace_s, impatient=again)
         return 128 + self._signals.asked[1] if again() else 0

@@ -75,6 +75,11 @@ class BlockPool:
         if content := self._content.pop(block, None):
             del self._by_digest[content[0]]
 
+    def forget(self, digest: bytes) -> None:
+        """Let `find` return no block for this prefix any more."""
+        if (block := self._by_digest.get(digest)) is not None:
+            self.retract(block)
+
     def find(self, digest: bytes, tokens: bytes) -> int | None:
         """The published block of this prefix. Its tokens are compared too, so a collision is a miss."""
         block = self._by_digest.get(digest)

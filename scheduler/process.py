@@ -96,7 +96,10 @@ class Process:
         except ConfigError as error:
             code = self._fail(str(error), EXIT_CONFIG)
         except EngineError as error:
-            code = self._fail(str(error), EXIT_FATAL)
+            if self._stopping:  # whoever stops this process may have stopped the workers, too
+                log.info("%s", error)
+            else:
+                code = self._fail(str(error), EXIT_FATAL)
         except Exception as error:
             log.exception("the scheduler cannot go on")
             code = self._fail(f"the scheduler failed: {type(error).__name__}: {error}", EXIT_FATAL)
@@ -138,10 +141,8 @@ class Process:
 
     def _receive(self, wire: str, hub: Hub[Any], handle: Callable[[bytes, Any], None]) -> None:
         bad_frames = hub.codec.bad_frames
-        for _ in range(FRAMES_PER_TURN):
-            if (received := hub.receive()) is None:
-                break
-            handle(*received)
+        for identity, message in hub.received(FRAMES_PER_TURN):
+            handle(identity, message)
         for _ in range(hub.codec.bad_frames - bad_frames):
             self._recorder.bad_frame(wire)
 
@@ -222,8 +223,8 @@ class Process:
                 worker.rank == 0 and message.epoch == self._workers.epoch and self._serving is not None
             ):
                 self._serving.fault(message, time.monotonic())
-            case WorkerFault(_, why):
-                raise EngineError(f"worker {worker.rank}: {why}")
+            case WorkerFault(_, why, code):
+                raise (ConfigError if code == EXIT_CONFIG else EngineError)(f"worker {worker.rank}: {why}")
             case Heartbeat():
                 pass
             case _:

@@ -81,7 +81,8 @@ class Scheduler:
         """Why the request cannot be added: "too_long" (never), "overloaded" (not now), or None."""
         limit = min(request.limit, self.max_model_len)
         # The last token is never fed back, so it needs no KV.
-        if len(request.tokens) > limit or blocks_for(limit - 1, self.block_size) > self.pool.num_blocks:
+        fits = request.num_prompt < limit and len(request.tokens) <= limit
+        if not fits or blocks_for(limit - 1, self.block_size) > self.pool.num_blocks:
             return "too_long"
         if len(self.running) + len(self.waiting) >= self.config.max_num_seqs + num_queueable(self.config):
             return "overloaded"
@@ -116,6 +117,7 @@ class Scheduler:
             if shared is None:
                 break
             self._admit(draft, self.waiting.pop(), shared)
+        assert draft.requests or not draft.admitted, "a row was given that the worker would not hear of"
         return self._dispatch(draft) if draft.requests else None
 
     def update(self, result: StepResult) -> list[tuple[Request, Output]]:
@@ -206,8 +208,10 @@ class Scheduler:
         if head is None or head.inflight or not self.running or self.running[-1].priority <= head.priority:
             return
         worse = [request for request in self.running if request.priority > head.priority]
-        gain = sum(len(request.blocks) for request in worse)
-        needed = blocks_for(len(head.tokens), self.block_size) + _reserve(len(self.running) - len(worse))
+        staying = self.running[: len(self.running) - len(worse)]
+        kept = {block for request in staying for block in request.blocks}
+        gain = len({block for request in worse for block in request.blocks} - kept)
+        needed = blocks_for(len(head.tokens), self.block_size) + _reserve(len(staying))
         if self.pool.num_free + gain < needed:
             return
         while self.running and self.running[-1].priority > head.priority:
@@ -274,8 +278,8 @@ class Scheduler:
         self._num_preempted += 1
 
     def _fail(self, request: Request, why: str) -> Output:
-        for block in request.blocks:  # its KV is suspect; whoever shares the block now has computed with it already
-            self.pool.retract(block)
+        for digest in request.digests:  # its KV is suspect; whoever shares a block now has computed with it already
+            self.pool.forget(digest)
         request.publish_at = prefix_cache.NEVER
         self._end(request, "error")
         return Output(request.id, request.num_output, [], "error", request.num_cached or 0, why)

@@ -1,19 +1,15 @@
 """The tensors of one step. t tokens (padding included), r rows that run, s rows that sample."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.paged_attention import AttentionPlan, plan_attention
+from .backends import Backend
 from .plan import Columns
 from .rows import Rows
-
-MULTIPLE = 4
-"""Tokens, and rows that sample, are padded to a multiple of this. A CPU's float32 matrix product gives a row the same
-bits at every multiple of 4 rows and others below 4 or between (measured: MKL, 1 to 4 threads): so what a request gets
-does not depend on who else is served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +17,20 @@ class Batch:
     ids_t: Tensor  # int64
     positions_t: Tensor  # int64
     slots_t: Tensor  # int64, where the KV of each token goes: block * block_size + slot
-    attention: dict[int | None, AttentionPlan]  # by window
+    attention: dict[int | None, Any]  # the backend's own plan, by window
     last_s: Tensor  # int64, index in t of the token whose successor is sampled; padded
 
 
-def build_batch(rows: Rows, columns: Columns, windows: tuple[int | None, ...]) -> Batch:
+def build_batch(rows: Rows, columns: Columns, windows: tuple[int | None, ...], backend: Backend) -> Batch:
     """Of rows to which the plan has been applied. Tokens come in the order of the columns, padding last."""
     ends = columns.counts.cumsum()
     num_tokens = int(ends[-1])
-    padding = -num_tokens % MULTIPLE
+    padding = -num_tokens % backend.row_multiple
     token_rows = np.concatenate((columns.rows.repeat(columns.counts), np.full(padding, rows.null_row)))
     offsets = (columns.starts - (ends - columns.counts)).repeat(columns.counts)
     positions = np.concatenate((np.arange(num_tokens) + offsets, np.zeros(padding, dtype=np.int64)))
     last = (ends - 1)[columns.samples]
-    last = np.pad(last, (0, -len(last) % MULTIPLE))
+    last = np.pad(last, (0, -len(last) % backend.row_multiple))
 
     device = rows.device
     rows_t, positions_t = torch.from_numpy(np.stack((token_rows, positions))).to(device)
@@ -47,7 +43,7 @@ def build_batch(rows: Rows, columns: Columns, windows: tuple[int | None, ...]) -
         positions_t=positions_t,
         slots_t=blocks_t * rows.block_size + positions_t % rows.block_size,
         attention={
-            window: plan_attention(starts, counts, tables, block_size=rows.block_size, window=window)
+            window: backend.plan_attention(starts, counts, tables, block_size=rows.block_size, window=window)
             for window in windows
         },
         last_s=torch.from_numpy(last).to(device),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .backends import Backend
 from .batch import Batch
 from .layers.attention import Attention
 from .layers.embedding import Embedding, Head
@@ -19,12 +20,12 @@ class Block:
     """One layer. What flows between blocks is (delta, residual), their sum being the stream: so every addition is part
     of the norm that follows it."""
 
-    def __init__(self, layer: spec.Layer, loader: Loader, i: int, hidden_size: int) -> None:
+    def __init__(self, layer: spec.Layer, loader: Loader, backend: Backend, i: int, hidden_size: int) -> None:
         self.rope = layer.attn.rope
-        self.pre_attn = RmsNorm(layer.pre_attn, loader, "pre_attn", i, hidden_size)
-        self.attn = Attention(layer.attn, loader, i, hidden_size)
-        self.pre_mlp = RmsNorm(layer.pre_mlp, loader, "pre_mlp", i, hidden_size)
-        self.mlp = GatedMLP(layer.mlp, loader, i, hidden_size)
+        self.pre_attn = RmsNorm(layer.pre_attn, loader, backend, "pre_attn", i, hidden_size)
+        self.attn = Attention(layer.attn, loader, backend, i, hidden_size)
+        self.pre_mlp = RmsNorm(layer.pre_mlp, loader, backend, "pre_mlp", i, hidden_size)
+        self.mlp = GatedMLP(layer.mlp, loader, backend, i, hidden_size)
 
     def __call__(
         self, delta: Tensor, residual: Tensor, angles: Angles, batch: Batch, cache: Tensor
@@ -40,12 +41,12 @@ class Decoder:
     `max_positions` bounds the positions that may ever be computed.
     """
 
-    def __init__(self, model: spec.Decoder, loader: Loader, max_positions: int) -> None:
-        self.spec = model
+    def __init__(self, model: spec.Decoder, loader: Loader, backend: Backend, max_positions: int) -> None:
+        self.spec, self.backend = model, backend
         self.group, self.dtype, self.device = loader.group, loader.dtype, loader.device
         self.embed = Embedding(loader, model.vocab_size, model.hidden_size)
-        self.blocks = [Block(layer, loader, i, model.hidden_size) for i, layer in enumerate(model.layers)]
-        self.norm = RmsNorm(model.norm, loader, "norm", 0, model.hidden_size)
+        self.blocks = [Block(layer, loader, backend, i, model.hidden_size) for i, layer in enumerate(model.layers)]
+        self.norm = RmsNorm(model.norm, loader, backend, "norm", 0, model.hidden_size)
         self.head = Head(loader, model.vocab_size, model.hidden_size, self.embed if model.tied_head else None)
         ropes = dict.fromkeys(layer.attn.rope for layer in model.layers)
         self.angles: dict[spec.Rope, Callable[[Tensor], Angles]] = {
@@ -55,8 +56,9 @@ class Decoder:
     @property
     def kv_shape(self) -> tuple[int, int, int]:
         """(layers, KV heads of this rank, head dim), of which the cache is made."""
-        first = self.blocks[0].attn
-        return len(self.blocks), first.num_kv_heads, first.spec.head_dim
+        shapes = {(block.attn.num_kv_heads, block.attn.spec.head_dim) for block in self.blocks}
+        assert len(shapes) == 1, f"one cache holds every layer, and these differ in (KV heads, head dim): {shapes}"
+        return len(self.blocks), *shapes.pop()
 
     def forward(self, batch: Batch, cache: Tensor) -> Tensor:
         """Compute the step's tokens, writing their KV to `cache`; the hidden states [t, d]."""

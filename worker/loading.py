@@ -9,6 +9,7 @@ import torch
 from ..common.config import EngineConfig, ModelConfig
 from ..common.errors import ConfigError
 from ..common.model_info import read_config
+from .backends import choose
 from .decoder import Decoder
 from .models import build
 from .parallel import Group
@@ -37,6 +38,7 @@ def load_decoder(
     group: Group,
     device: torch.device,
     *,
+    block_size: int,
     max_model_len: int,
     on_bytes: OnBytes | None = None,
 ) -> Decoder:
@@ -46,12 +48,12 @@ def load_decoder(
     """
     spec = build(read_config(path))
     dtype = DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
+    backend = choose(spec, device, dtype, block_size)
     if config.load_format == "dummy":
-        return Decoder(
-            spec, Loader(RandomWeights(config.seed, device), spec.names, group, dtype, device), max_model_len
-        )
+        loader = Loader(RandomWeights(config.seed, device), spec.names, group, dtype, device)
+        return Decoder(spec, loader, backend, max_model_len)
     checkpoint = Checkpoint(path, on_bytes)
-    decoder = Decoder(spec, Loader(checkpoint, spec.names, group, dtype, device), max_model_len)
+    decoder = Decoder(spec, Loader(checkpoint, spec.names, group, dtype, device), backend, max_model_len)
     if unread := checkpoint.unread:
         log.warning("%s: %d tensors are not part of the model: %s", path, len(unread), ", ".join(unread[:8]))
     return decoder

@@ -1,6 +1,7 @@
 """The worker process: says Hello, loads what it is told to, then replays plans until it is told to stop.
 
-One thread, one socket. Between messages it waits there; inside a step the ranks wait for each other.
+One thread, one socket. Between messages it waits there, unless a launched step is to be read; inside a step the ranks
+wait for each other. A rank that has lost the others drops what they held together and waits to be welcomed again.
 """
 
 import logging
@@ -8,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from collections import deque
 
 import torch
 import zmq
@@ -39,8 +41,8 @@ from ..common.process import on_termination
 from . import kv_cache
 from .decoder import Decoder
 from .loading import load_decoder, pick_device, set_threads
-from .parallel import Group, connect
-from .runner import Runner, peak_bytes
+from .parallel import Group, PeerLost
+from .runner import Pending, Runner, peak_bytes
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ NO_EPOCH = 0
 def main(*, scheduler: str, rank: int, device: str | None, supervised: bool) -> int:
     """Serve as `rank` of the engine whose scheduler is at `scheduler`; returns the exit code.
 
-    `device` is auto, cpu or cuda, None for what the scheduler was told. SIGTERM ends the process with code 0.
+    `device` is auto, cpu or cuda, None for what the scheduler was told. A process that is asked to end does so with 0.
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link: Link[ToWorker] = Link(context, wires(scheduler)[1], ToWorker)
@@ -61,11 +63,11 @@ def main(*, scheduler: str, rank: int, device: str | None, supervised: bool) -> 
         return worker.run()
     except ConfigError as error:
         log.error("%s", error)
-        link.send(WorkerFault(rank, str(error)))
+        link.send(WorkerFault(rank, str(error), EXIT_CONFIG))
         return EXIT_CONFIG
     except Exception as error:
         log.exception("this worker cannot go on")
-        link.send(WorkerFault(rank, f"{type(error).__name__}: {error}"))
+        link.send(WorkerFault(rank, f"{type(error).__name__}: {error}", EXIT_FATAL))
         return EXIT_FATAL
     finally:
         worker.group.close()
@@ -74,35 +76,50 @@ def main(*, scheduler: str, rank: int, device: str | None, supervised: bool) -> 
 
 
 class Worker:
-    """What this process is in a scheduler's eyes. Survives the scheduler: under a new epoch the weights are kept."""
+    """What this process is in a scheduler's eyes. Survives the scheduler and the other ranks: under a new epoch the
+    weights are kept, rows are not."""
 
     def __init__(self, link: Link[ToWorker], rank: int, device: str | None) -> None:
         self.link = link
         self.rank = rank
         self.device = device
         self.epoch = NO_EPOCH
+        self.left = NO_EPOCH  # of the group that cannot come together again
         self.welcome: Welcome | None = None  # what was loaded for
         self.ready: WorkerReady | None = None
         self.decoder: Decoder | None = None
         self.runner: Runner | None = None
         self.group = Group()
+        self.launched: deque[tuple[StepPlan, Pending]] = deque()  # not answered yet; of rank 0 alone
+        self.inbox: deque[ToWorker] = deque()  # received, not acted on yet
         self.beat_at = 0.0
 
     def run(self) -> int:
         while True:
+            try:
+                return self._converse()
+            except PeerLost as error:
+                log.warning("%s; its rows are dropped until the scheduler forms another group", error)
+                self._leave()
+
+    def _converse(self) -> int:
+        while True:
             if time.monotonic() >= self.beat_at:
                 self._send(Heartbeat(self.epoch) if self.epoch else self._hello())
-            match self.link.receive(max(0.0, self.beat_at - time.monotonic())):
+            while self.launched and self.launched[0][1].ready:
+                self._answer()
+            match self._receive():
+                case None if self.launched:
+                    self._answer()
                 case StepPlan() as plan if plan.epoch == self.epoch and self.runner:
-                    self._step(self.runner, plan)
-                case Welcome() as welcome if welcome.epoch != self.epoch:
+                    self._launch(self.runner, plan)
+                case Welcome() as welcome if welcome.epoch not in (self.epoch, self.left):
                     self._start(welcome)
                 case Allocate() as allocate if allocate.epoch == self.epoch and self.decoder:
                     self._allocate(self.decoder, allocate)
                 case Heartbeat(epoch) if epoch != self.epoch and self.epoch:
                     log.info("the scheduler is a new one")
-                    self.epoch = NO_EPOCH
-                    self._send(self._hello())
+                    self._leave()
                 case Refused(why):
                     log.error("the scheduler refused this worker: %s", why)
                     return EXIT_CONFIG
@@ -110,6 +127,12 @@ class Worker:
                     return 0
                 case _:  # a heartbeat, or a message of another epoch
                     pass
+
+    def _receive(self) -> ToWorker | None:
+        """The next message. Does not wait while there is something to answer."""
+        if self.inbox:
+            return self.inbox.popleft()
+        return self.link.receive(0.0 if self.launched else max(0.0, self.beat_at - time.monotonic()))
 
     def _send(self, message: Message) -> None:
         self.link.send(message)
@@ -119,16 +142,45 @@ class Worker:
         name = f"worker {self.rank} on {platform.node()}, pid {os.getpid()}"
         return Hello(PROTOCOL, "worker", name, self.rank, self.ready.fingerprint if self.ready else "")
 
+    def _leave(self) -> None:
+        """End what this epoch began. Rows go with it: no plan reaches them, and `Allocate` empties them."""
+        if self.group.size > 1:
+            self.group.close()
+            self.left = self.epoch
+        self.launched.clear()
+        self.epoch = NO_EPOCH
+        self._send(self._hello())
+
     def _start(self, welcome: Welcome) -> None:
         """Load the model, or show that it is loaded."""
         if self.welcome and (welcome.config, welcome.model) != (self.welcome.config, self.welcome.model):
             raise ConfigError("the scheduler came back with other options; a worker must be started anew for them")
         self.epoch = welcome.epoch
+        self.launched.clear()
         if self.ready is None:
-            self.welcome = welcome
             self.decoder = self._load(welcome)
             self.ready = _measured(welcome, self.rank, self.decoder)
+            self.welcome = welcome
+        else:
+            self._join(welcome)
         self._send(self.ready)
+
+    def _join(self, welcome: Welcome) -> None:
+        self.group.join(welcome.rendezvous, epoch=welcome.epoch, meanwhile=self._stay)
+
+    def _stay(self) -> None:
+        """Called while this rank waits for the others. Raises PeerLost when the scheduler has something else in mind."""
+        if time.monotonic() >= self.beat_at:
+            self._send(Heartbeat(self.epoch))  # a new scheduler learns of us by it
+        match self.link.receive(0.0):
+            case Shutdown() | Refused() as message:
+                pass
+            case Welcome(epoch) | Heartbeat(epoch) as message if epoch != self.epoch:
+                pass
+            case _:
+                return
+        self.inbox.append(message)
+        raise PeerLost(f"rank {self.rank} was called away while the ranks met")
 
     def _load(self, welcome: Welcome) -> Decoder:
         config = welcome.config
@@ -137,7 +189,8 @@ class Worker:
             raise ConfigError(f"{path}: this is not the checkpoint that the scheduler sees; compare the files")
         device = pick_device(self.device or config.model.device, self.rank)
         set_threads(config)
-        self.group = connect(welcome.rendezvous, self.rank, config.parallel.tensor_parallel_size, device)
+        self.group = Group(self.rank, config.parallel.tensor_parallel_size, device)
+        self._join(welcome)
         reported_at = 0.0
 
         def report(done: int, total: int) -> None:
@@ -149,7 +202,13 @@ class Worker:
 
         started = time.monotonic()
         decoder = load_decoder(
-            path, config.model, self.group, device, max_model_len=welcome.model.max_model_len, on_bytes=report
+            path,
+            config.model,
+            self.group,
+            device,
+            block_size=config.cache.block_size,
+            max_model_len=welcome.model.max_model_len,
+            on_bytes=report,
         )
         log.info("loaded %s in %.2f s", path, time.monotonic() - started)
         return decoder
@@ -173,10 +232,15 @@ class Worker:
         self.runner.warm_up()
         self._send(Allocated(self.rank))
 
-    def _step(self, runner: Runner, plan: StepPlan) -> None:
-        output = runner.step(plan)
-        if self.rank:
-            return
+    def _launch(self, runner: Runner, plan: StepPlan) -> None:
+        pending = runner.launch(plan)
+        if self.rank == 0:
+            self.launched.append((plan, pending))
+
+    def _answer(self) -> None:
+        """The oldest step that was launched."""
+        plan, pending = self.launched.popleft()
+        output = pending.read()
         for row, why in output.faults:
             self._send(RequestFault(plan.epoch, plan.step, row, why))
         counts = pack(int(token is not None) for token in output.tokens)

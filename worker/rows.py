@@ -4,6 +4,8 @@ Tokens and tables live on the device, so a step's tensors are gathered there, an
 anybody has read its value. Lengths are known to the host without asking the device: plans tell them.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,27 @@ from torch import Tensor
 from ..common.messages import Admitted, StepPlan
 from .plan import Columns, Ints, PlanError
 from .sampling.table import SamplingTable
+
+
+class Piece(NamedTuple):
+    """Values for columns first, first + 1, ... of a row."""
+
+    row: int
+    first: int
+    values: Ints
+
+
+def _write(table: Tensor, pieces: list[Piece]) -> None:
+    """Put pieces that do not overlap into `table`, with one copy to its device."""
+    if not pieces:
+        return
+    counts = np.array([len(piece.values) for piece in pieces])
+    begins = np.array([piece.first for piece in pieces]) - (counts.cumsum() - counts)
+    columns = np.arange(counts.sum()) + begins.repeat(counts)
+    rows = np.array([piece.row for piece in pieces]).repeat(counts)
+    values = np.concatenate([piece.values for piece in pieces])
+    at = torch.from_numpy(np.stack((rows, columns, values))).to(table.device)
+    table[at[0], at[1]] = at[2].int()
 
 
 class Rows:
@@ -36,16 +59,24 @@ class Rows:
         self.sampling = SamplingTable(num_rows, vocab_size)
 
     def apply(self, plan: StepPlan) -> None:
-        """Release, admit and grow, in this order. Raises PlanError for what cannot be."""
+        """Release, admit and grow, in this order. Raises PlanError for what cannot be.
+
+        The device hears of it in one write to the tokens and one to the tables, however much has changed.
+        """
+        tokens: list[Piece] = []
+        blocks: list[Piece] = []
         for row in plan.released:
             self._require(plan, row, admitted=True)
             self.lengths[row] = self.table_lengths[row] = 0
         for request in plan.admitted:
             self._require(plan, request.row, admitted=False)
-            self._admit(plan, request)
-        for row, blocks in plan.new_blocks:
+            tokens.append(self._admitted_tokens(plan, request))
+            blocks.append(self._appended_blocks(plan, request.row, request.blocks))
+        for row, appended in plan.new_blocks:
             self._require(plan, row, admitted=True)
-            self._append_blocks(plan, row, blocks)
+            blocks.append(self._appended_blocks(plan, row, appended))
+        _write(self.tokens, tokens)
+        _write(self.tables, blocks)
 
     def check(self, plan: StepPlan, columns: Columns) -> None:
         """Raises PlanError unless the rows hold the tokens and the blocks that the step reads and writes."""
@@ -76,7 +107,7 @@ class Rows:
         if (self.lengths[row] > 0) != admitted:
             raise PlanError(f"step {plan.step}: row {row} is {'not in use' if admitted else 'in use already'}")
 
-    def _admit(self, plan: StepPlan, request: Admitted) -> None:
+    def _admitted_tokens(self, plan: StepPlan, request: Admitted) -> Piece:
         if len(request.tokens) % 4:
             raise PlanError(f"step {plan.step}: the tokens of row {request.row} are not a whole number of int32")
         tokens = np.frombuffer(request.tokens, dtype="<i4")
@@ -87,17 +118,16 @@ class Rows:
             )
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             raise PlanError(f"step {plan.step}: row {request.row} gets a token outside the vocabulary")
-        self.tokens[request.row, : len(tokens)] = torch.from_numpy(tokens.copy()).to(self.device)
         self.lengths[request.row] = len(tokens)
         self.sampling.set(request.row, request.sampling, request.num_prompt)
         self.table_lengths[request.row] = 0
-        self._append_blocks(plan, request.row, request.blocks)
+        return Piece(request.row, 0, tokens.astype(np.int64))
 
-    def _append_blocks(self, plan: StepPlan, row: int, blocks: list[int]) -> None:
+    def _appended_blocks(self, plan: StepPlan, row: int, blocks: list[int]) -> Piece:
         first = int(self.table_lengths[row])
         if first + len(blocks) > self.tables.shape[1]:
             raise PlanError(f"step {plan.step}: row {row} gets more than {self.tables.shape[1]} blocks")
         if blocks and not 1 <= min(blocks) <= max(blocks) <= self.num_blocks:
             raise PlanError(f"step {plan.step}: row {row} gets blocks {blocks}; there are 1 to {self.num_blocks}")
-        self.tables[row, first : first + len(blocks)] = torch.tensor(blocks, dtype=torch.int32).to(self.device)
         self.table_lengths[row] += len(blocks)
+        return Piece(row, first, np.array(blocks, dtype=np.int64))

@@ -1,4 +1,8 @@
-"""Replays plans: rows -> batch -> logits of the rows that sample -> ids, back into the rows."""
+"""Replays plans: rows -> batch -> logits of the rows that sample -> ids, back into the rows.
+
+A step has two halves. What follows from a plan is launched without waiting for the device to be done with it; the host
+reads the ids afterwards, and may have launched the next step by then.
+"""
 
 from dataclasses import dataclass
 
@@ -10,9 +14,8 @@ from ..common.messages import StepPlan
 from . import kv_cache
 from .batch import Batch, build_batch
 from .decoder import Decoder
-from .plan import Columns, read_columns
+from .plan import Columns, Ints, read_columns
 from .rows import Rows
-from .sampling.sampler import sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,29 @@ class StepOutput:
 
     tokens: list[int | None]
     faults: list[tuple[int, str]]  # (row, why)
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A step that has been launched: its ids are in the rows, and on their way to whoever reads them."""
+
+    rows: Ints  # that sampled
+    ids: Tensor  # [len(rows)] int64
+    faulty: Tensor  # [len(rows)] bool; of rank 0 alone
+    done: torch.Event | None  # None: the device had no more to do when the launch returned
+
+    @property
+    def ready(self) -> bool:
+        """Whether `read` would return at once."""
+        return self.done is None or self.done.query()
+
+    def read(self) -> StepOutput:
+        """The host's copy. Waits for the device."""
+        tokens, bad = self.ids.tolist(), self.faulty.tolist()
+        return StepOutput(
+            [None if wrong else token for token, wrong in zip(tokens, bad, strict=True)],
+            [(row, "the model's logits are NaN") for row, wrong in zip(self.rows.tolist(), bad, strict=True) if wrong],
+        )
 
 
 class Runner:
@@ -58,37 +84,41 @@ class Runner:
             counts=np.array(counts),
             samples=np.ones(len(counts), dtype=np.bool_),
         )
-        batch = build_batch(self.rows, columns, self.decoder.spec.windows)
+        batch = self._batch(columns)
         self.decoder.head(self.decoder.forward(batch, self.cache)[batch.last_s])
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> StepOutput:
-        """Replay the next plan. Raises PlanError when it does not fit what came before."""
+    def launch(self, plan: StepPlan) -> Pending:
+        """Replay the next plan, up to appending the ids to their rows. The launched steps may be read later, in any
+        number behind. Raises PlanError when the plan does not fit what came before, PeerLost when a rank is gone."""
         self.rows.apply(plan)
         columns = read_columns(plan, self.rows.num_rows)
         self.rows.check(plan, columns)
-        if not len(columns.rows):
-            return StepOutput([], [])
-        batch = build_batch(self.rows, columns, self.decoder.spec.windows)
-        hidden = self.decoder.forward(batch, self.cache)
-        if not columns.samples.any():
-            return StepOutput([], [])
-        return self._sample(hidden, batch, columns)
-
-    def _sample(self, hidden: Tensor, batch: Batch, columns: Columns) -> StepOutput:
         rows = columns.rows[columns.samples]
-        logits = self.decoder.head(hidden[batch.last_s])[: len(rows)]
-        faulty = torch.zeros(len(rows), dtype=torch.bool)
-        if self.group.rank == 0:
-            ids, faulty = sample(logits, self.rows.sampling.select(rows, self.rows.lengths[rows]), self.rows.tokens)
-        else:
-            ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-        self.rows.append(rows, self.group.broadcast(ids))
-        tokens, bad = ids.tolist(), faulty.tolist()
-        return StepOutput(
-            [None if wrong else token for token, wrong in zip(tokens, bad, strict=True)],
-            [(int(row), "the model's logits are NaN") for row, wrong in zip(rows, bad, strict=True) if wrong],
-        )
+        ids = torch.zeros(len(rows), dtype=torch.int64, device=self.decoder.device)
+        faulty = torch.zeros(len(rows), dtype=torch.bool, device=self.decoder.device)
+        if len(columns.rows):
+            batch = self._batch(columns)
+            hidden = self.decoder.forward(batch, self.cache)
+            if len(rows):
+                logits = self.decoder.head(hidden[batch.last_s])[: len(rows)]
+                if self.group.rank == 0:
+                    draws = self.rows.sampling.select(rows, self.rows.lengths[rows])
+                    ids, faulty = self.decoder.backend.sample(logits, draws, self.rows.tokens)
+                self.rows.append(rows, self.group.broadcast(ids))
+        return Pending(rows, ids, faulty, _event(self.decoder.device))
+
+    def _batch(self, columns: Columns) -> Batch:
+        return build_batch(self.rows, columns, self.decoder.spec.windows, self.decoder.backend)
+
+
+def _event(device: torch.device) -> torch.Event | None:
+    """When what was launched so far is done; None on a CPU, where it is."""
+    if device.type != "cuda":
+        return None
+    event = torch.Event(device)
+    event.record()
+    return event
 
 
 def peak_bytes(decoder: Decoder, *, num_rows: int, max_len: int, block_size: int, num_tokens: int) -> int:

@@ -25,7 +25,7 @@ def context() -> Iterator[zmq.Context]:
 def receive(hub: Hub, seconds: float = 5) -> tuple[bytes, object]:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if got := hub.receive():
+        if got := next(hub.received(1000), None):
             return got
         time.sleep(0.002)
     raise AssertionError("nothing came")
@@ -102,6 +102,8 @@ def test_async_link(tmp_path: Path) -> None:
         "tcp://[::]:5000",
         "http://x",
         "tcp://host",
+        "tcp://host:65536",
+        "tcp://host:\u00b2",
         "ipc://",
         "ipc:///" + "x" * 120,
     ],
@@ -113,6 +115,9 @@ def test_addresses_that_are_refused(address: str) -> None:
 
 def test_one_address_names_both_wires() -> None:
     assert wires("tcp://10.0.0.1:5555") == ("tcp://10.0.0.1:5555", "tcp://10.0.0.1:5556")
+    for port in (0, 65535):
+        with pytest.raises(ConfigError, match="65534"):
+            wires(f"tcp://10.0.0.1:{port}")
     assert wires("ipc:///run/q") == ("ipc:///run/q/frontends", "ipc:///run/q/workers")
 
 
@@ -120,4 +125,23 @@ def test_an_address_in_use_is_a_config_error(context: zmq.Context) -> None:
     hub: Hub = Hub(context, "tcp://127.0.0.1:0", FromFrontend)
     with pytest.raises(ConfigError, match="cannot listen"):
         Hub(context, hub.address, FromFrontend)
+    hub.close()
+
+
+def test_a_flood_of_garbage_does_not_hold_a_hub(context: zmq.Context, tmp_path: Path) -> None:
+    """However much is waiting, one call looks at so many frames and returns."""
+    hub: Hub = Hub(context, f"ipc://{tmp_path}/s", FromFrontend)
+    raw = context.socket(zmq.DEALER)
+    raw.setsockopt(zmq.SNDHWM, 0)
+    raw.connect(hub.address)
+    for _ in range(5000):
+        raw.send(b"\xc1")
+    raw.send(encode(Abort([1])))
+    seen, calls = [], 0
+    while not seen:
+        before = hub.codec.bad_frames
+        seen, calls = list(hub.received(100)), calls + 1
+        assert hub.codec.bad_frames - before <= 100
+    assert calls >= 51 and seen[0][1] == Abort([1])
+    raw.close(linger=0)
     hub.close()

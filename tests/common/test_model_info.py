@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from quire.common.errors import ConfigError
+from quire.common.model_file import ModelFile
 from quire.common.model_info import context_length, model_path, read_model_info
 
 
@@ -30,8 +31,11 @@ def test_a_length_beyond_the_models_names_the_one_that_works(checkpoint: Callabl
 
 def test_only_yarn_extends_the_stated_length() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}
-    assert context_length({"max_position_embeddings": 1000, "rope_parameters": yarn}) == 4000
-    assert context_length({"max_position_embeddings": 8000, "rope_scaling": {**yarn, "rope_type": "llama3"}}) == 8000
+    assert context_length(ModelFile({"max_position_embeddings": 1000, "rope_parameters": yarn})) == 4000
+    assert (
+        context_length(ModelFile({"max_position_embeddings": 8000, "rope_scaling": {**yarn, "rope_type": "llama3"}}))
+        == 8000
+    )
 
 
 def test_generation_defaults_and_stop_tokens_come_from_generation_config(tmp_path: Path) -> None:

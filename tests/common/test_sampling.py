@@ -19,7 +19,7 @@ BAD = [
     ("presence_penalty", 2.1), ("presence_penalty", math.nan), ("frequency_penalty", -2.1), ("frequency_penalty", []),
     ("logit_bias", {-1: 1.0}), ("logit_bias", {1: 101.0}), ("logit_bias", {1: math.nan}), ("logit_bias", {"x": 1.0}), ("logit_bias", [1]), ("logit_bias", {1: 10**400}),
     ("logit_bias", dict.fromkeys(range(MAX_TOKEN_IDS + 1), 0.0)),
-    ("seed", 2**63), ("seed", 1.5), ("seed", "x"), ("stop", [""]), ("stop", ["x"] * 17), ("stop", "x"), ("stop", [1]),
+    ("seed", 2**63), ("seed", 1.5), ("seed", "x"), ("stop", [""]), ("stop", ["x"] * 17), ("stop", ""), ("stop", [1]),
     ("stop_token_ids", [-1]), ("stop_token_ids", [2**31]), ("stop_token_ids", ["x"]), ("ignore_eos", 1), ("skip_special_tokens", "yes"),
 ]  # fmt: skip
 
@@ -88,3 +88,7 @@ def test_ignore_eos_keeps_the_requests_own_stop_tokens() -> None:
 def test_token_ids_beyond_the_vocabulary_are_refused(params: SamplingParams) -> None:
     with pytest.raises(RequestError, match="ends at 9"):
         params.resolve(eos_token_ids=[], vocab_size=10, room=9)
+
+
+def test_one_stop_string_is_a_list_of_one() -> None:
+    assert check({"stop": "x"}) == SamplingParams(stop="x").checked() == check({"stop": ["x"]})

@@ -153,7 +153,7 @@ def test_the_server_lives_through_all_of_it(demo: Server) -> None:
 
 
 def test_api_keys_guard_everything_but_health() -> None:
-    with Server("--api-key", "first-key", "second-key") as server:
+    with Server("--api-key", "first-key", "--api-key", "second-key") as server:
         headers = {"authorization": "Bearer second-key"}
         server.wait_ready()
         for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/nowhere"):

@@ -16,15 +16,14 @@ PROMPT = "import os\nimport sys\n\n\ndef main("
 
 @contextlib.contextmanager
 def running(*commands: list[str]) -> Iterator[None]:
-    """The commands, each a process, until the block is left."""
+    """The commands, each a process, until the block is left. The scheduler is ended first: it tells the others."""
     processes = [subprocess.Popen(command) for command in commands]
     try:
         yield
         assert all(process.poll() is None for process in processes)
     finally:
-        for process in processes:
+        for process in sorted(processes, key=lambda process: "scheduler.py" not in str(process.args)):
             process.terminate()
-        for process in processes:
             assert process.wait(30) == 0
 
 

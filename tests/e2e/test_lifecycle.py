@@ -46,7 +46,9 @@ def test_http_answers_while_the_model_loads(server: Server) -> None:
     assert seen
 
 
-def test_sigterm_lets_running_requests_finish(server: Server) -> None:
+@pytest.mark.parametrize("everybody", [False, True], ids=["supervisor", "whole control group"])
+def test_sigterm_lets_running_requests_finish(server: Server, everybody: bool) -> None:
+    """systemd signals every process of a service at once; it makes no difference."""
     whole = server.wait_ready().http.post("/v1/completions", json=LONG).json()["choices"][0]["text"]
     answers: list[str] = []
 
@@ -62,6 +64,8 @@ def test_sigterm_lets_running_requests_finish(server: Server) -> None:
     for client in clients:
         client.start()
     wait_until(lambda: server.metric("vllm:num_requests_running") == 8)
+    for process in server.tree()[1:] if everybody else []:
+        process.send_signal(signal.SIGTERM)
     assert server.stop() == 0
     for client in clients:
         client.join()

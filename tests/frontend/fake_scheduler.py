@@ -1,6 +1,7 @@
 """A scheduler that speaks the real wire, and real frontend processes in front of it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from quire.common.messages import (
     unpack,
 )
 from quire.common.model_info import read_model_info
+from quire.common.process import END
 
 CONTEXT = 512  # tokens, of the tiny model
 http = httpx.Client(verify=False, timeout=20)  # reading certificates takes 40 ms, and there is no TLS here
@@ -130,7 +132,7 @@ class FakeScheduler:
         beat_at = 0.0
         while not self._stop.is_set():
             self._hub.socket.poll(1 if self._running else 10)
-            while (received := self._hub.receive()) is not None:
+            for received in self._hub.received(1000):
                 self._handle(*received)
             while self._commands:
                 self._commands.pop(0)()
@@ -205,7 +207,7 @@ def frontend_process(scheduler_address: str, *, supervised: bool = True) -> Iter
     try:
         yield process, f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
+        process.send_signal(END if supervised else signal.SIGTERM)
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:

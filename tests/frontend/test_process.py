@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 
 import httpx
+import msgspec
 import psutil
 import pytest
 
 from quire.common.errors import EXIT_CONFIG, EXIT_FATAL
 from quire.common.messages import Refused, Shutdown, Status
+from quire.common.process import END
 
 from .fake_scheduler import FakeScheduler, frontend_process, http, until, wait_ready
 
@@ -45,7 +47,7 @@ def test_http_answers_before_there_is_an_engine(tmp_path: Path) -> None:
                 and "retry-after" in answer.headers
             )
         assert http.get(f"{url}/v1/models").status_code == 503
-        process.terminate()
+        process.send_signal(END)
         assert process.wait(5) == 0
 
 
@@ -80,7 +82,7 @@ def test_sigterm_lets_running_requests_finish(make_scheduler) -> None:
         for client in clients:
             client.start()
         until(lambda: scheduler.num_running == 3)
-        process.terminate()
+        process.send_signal(END)
         until(lambda: refused(url))
         for client in clients:
             client.join()
@@ -101,7 +103,7 @@ def refused(url: str) -> bool:
 
 @pytest.mark.parametrize("second_signal", [True, False])
 def test_a_drain_ends(make_scheduler, second_signal: bool) -> None:
-    """After drain_timeout, or at once at a second SIGTERM; what still ran is aborted."""
+    """After drain_timeout, or at once at a second signal; what still ran is aborted."""
     from quire.common.config import ServerConfig
 
     with (
@@ -113,10 +115,10 @@ def test_a_drain_ends(make_scheduler, second_signal: bool) -> None:
         client = threading.Thread(target=lambda: ignore(http.post, f"{url}/v1/completions", json=LONG, timeout=20))
         client.start()
         until(lambda: len(scheduler.submits) > 0)
-        process.terminate()
+        process.send_signal(END)
         if second_signal:
             time.sleep(0.3)
-            process.terminate()
+            process.send_signal(END)
         assert process.wait(5) == 0
         client.join()
         until(lambda: len(scheduler.aborts) == 1)
@@ -155,8 +157,6 @@ def test_the_process_ends_with_its_engine(make_scheduler, message: object, code:
 
 
 def test_a_model_without_tokenizer_ends_the_process(make_scheduler, tmp_path: Path) -> None:
-    import msgspec
-
     with make_scheduler() as scheduler:
         model = msgspec.structs.replace(scheduler.config.model, tokenizer=str(tmp_path))
         scheduler.config = msgspec.structs.replace(scheduler.config, model=model)
@@ -183,3 +183,24 @@ def test_torch_is_never_imported(model_dir: Path) -> None:
         "sys.exit(sum(name in sys.modules for name in ('torch', 'triton')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_long_prompt_holds_up_nobody_else(make_scheduler) -> None:
+    with make_scheduler() as scheduler:
+        scheduler.info = msgspec.structs.replace(scheduler.info, max_model_len=1 << 19)
+        with frontend_process(scheduler.address) as (_, url):
+            wait_ready(url)
+            answers: list[httpx.Response] = []
+            prompt = {"prompt": "hello world, " * ((4 << 20) // 13)}
+            client = threading.Thread(target=lambda: answers.append(http.post(f"{url}/v1/completions", json=prompt)))
+            began = time.monotonic()
+            client.start()
+            longest = 0.0
+            while not answers:
+                asked = time.monotonic()
+                http.get(f"{url}/health").raise_for_status()
+                longest = max(longest, time.monotonic() - asked)
+            assert answers[0].json()["error"]["code"] == "context_length_exceeded"
+            assert "tokens, and the prompt has" in answers[0].json()["error"]["message"]  # they were counted
+            assert longest < (time.monotonic() - began) / 2
+            client.join()

@@ -1,7 +1,7 @@
 """A process of an engine that does nothing but what a test asks: `fake_child.py BEHAVIOUR ADDRESS --lifeline=FD`.
 
 scheduler   greets, reports a start and then "ready"
-steady      holds until SIGTERM
+steady      holds until END
 stubborn    holds, whatever is asked
 config      exits as with a wrong configuration, as soon as the file ADDRESS/go exists
 killed      ends as if for lack of memory, likewise
@@ -20,7 +20,7 @@ from quire.common.channel import Hub, wires
 from quire.common.config import EngineConfig
 from quire.common.messages import Capacity, FromFrontend, Heartbeat, Hello, Status, Welcome
 from quire.common.model_info import ModelInfo
-from quire.common.process import die_with_parent, on_termination
+from quire.common.process import END, die_with_parent, on_termination
 
 MODEL = ModelInfo(
     model="fake",
@@ -36,7 +36,7 @@ MODEL = ModelInfo(
 def schedule(address: str) -> None:
     hub: Hub[FromFrontend] = Hub(zmq.Context(), wires(address)[0], FromFrontend)
     while hub.socket.poll(10_000):
-        while received := hub.receive():
+        for received in hub.received(1000):
             peer, message = received
             if isinstance(message, Hello):
                 hub.send(peer, Welcome(7, EngineConfig(), MODEL))
@@ -50,7 +50,7 @@ def main() -> int:
     behaviour, address, lifeline = sys.argv[1:4]
     die_with_parent(int(lifeline.removeprefix("--lifeline=")))
     if behaviour == "stubborn":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(END, signal.SIG_IGN)
     else:
         on_termination(lambda: os._exit(0), supervised=True)
     if behaviour == "scheduler":

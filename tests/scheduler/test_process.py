@@ -312,7 +312,7 @@ def test_a_frontend_that_is_silent_is_dropped_and_may_come_back(engine: Engine) 
 
 def test_a_fault_of_a_worker_ends_the_engine(engine: Engine) -> None:
     worker, frontend = engine.ready()
-    worker.send(WorkerFault(0, "out of memory"))
+    worker.send(WorkerFault(0, "out of memory", EXIT_FATAL))
     turn(worker, frontend, lambda: frontend.seen[Status][-1].phase == "failed")
     assert "out of memory" in frontend.seen[Status][-1].detail and engine.join() == EXIT_FATAL
     worker.until(Shutdown)

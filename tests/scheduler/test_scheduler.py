@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from quire.common.config import CacheConfig, SchedulerConfig
 from quire.common.messages import Output, StepResult, pack, unpack
 from quire.common.sampling import SamplingParams
+from quire.scheduler import prefix_cache
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler, Step
 from quire.scheduler.stops import finish_reason
@@ -207,6 +208,45 @@ def test_abort_frees_at_once_and_what_was_under_way_is_dropped() -> None:
     assert engine.idle and engine.schedule() is None
     engine.add(request(1, 4))
     assert step(engine)[0].plan.released == [0]
+
+
+def test_a_prompt_that_fills_the_context_is_refused_and_given_nothing() -> None:
+    """It could never sample; a row given to it would be one that the worker never hears of."""
+    engine = scheduler(max_model_len=16)
+    assert engine.rejection(request(0, 16)) == "too_long"
+    assert engine.rejection(request(0, 15)) is None
+    assert engine.rejection(request(0, 16, output=1)) is None, "it has its output already"
+
+
+def test_a_fault_after_a_preemption_takes_the_blocks_out_as_well() -> None:
+    engine = scheduler(num_blocks=4, max_num_seqs=2)
+    victim = request(0, [5] * 8, priority=1)
+    engine.add(victim)
+    step(engine)
+    planned = engine.schedule()
+    assert planned is not None
+    engine.add(request(1, [6] * 12))
+    engine.schedule()
+    assert victim.row is None and engine.pool.num_published > 0
+    assert engine.fault(planned.plan.step, 0, "NaN") is not None
+    assert prefix_cache.match(engine.pool, request(2, [5] * 8), 4) == []
+
+
+def test_nobody_is_preempted_for_blocks_that_others_keep() -> None:
+    """Blocks that a better request shares do not come free when a worse one goes."""
+    engine = scheduler(num_blocks=8, max_num_seqs=4)
+    engine.add(request(0, [5] * 12, max_tokens=1, priority=-1))
+    step(engine)
+    keeper = request(1, [5] * 13, priority=-1)
+    engine.add(keeper)
+    step(engine)
+    for id in (2, 3):
+        engine.add(request(id, [5] * 13, priority=5))
+        step(engine)
+    assert len(engine.running) == 3
+    engine.add(request(4, [7] * 24, priority=0))
+    step(engine)
+    assert len(engine.running) == 3, "six blocks were wanted, and at most five come free"
 
 
 def test_a_faulty_request_takes_its_blocks_out_of_the_cache() -> None:

@@ -14,18 +14,21 @@ from safetensors.torch import save_file
 from quire.common.config import EngineConfig
 from quire.common.messages import StepPlan
 from quire.worker.loading import load_decoder
-from quire.worker.parallel import Group, connect
+from quire.worker.parallel import Group
 from quire.worker.runner import Runner
 
 
 def make_runner(path: Path, config: EngineConfig, max_model_len: int, num_blocks: int, group: Group) -> Runner:
-    decoder = load_decoder(path, config.model, group, torch.device("cpu"), max_model_len=max_model_len)
+    block_size = config.cache.block_size
+    decoder = load_decoder(
+        path, config.model, group, torch.device("cpu"), block_size=block_size, max_model_len=max_model_len
+    )
     return Runner(
         decoder,
         num_rows=config.scheduler.max_num_seqs,
         max_len=max_model_len,
         num_blocks=num_blocks,
-        block_size=config.cache.block_size,
+        block_size=block_size,
     )
 
 
@@ -47,7 +50,7 @@ def replay(runner: Runner, plans: list[StepPlan]) -> tuple[list[list[int | None]
     recorder = Recorder(runner)
     tokens, logits = [], []
     for plan in plans:
-        output = runner.step(plan)
+        output = runner.launch(plan).read()
         tokens.append(output.tokens)
         logits.append(recorder.logits.pop()[: len(output.tokens)] if output.tokens else torch.empty(0))
     return tokens, logits
@@ -55,7 +58,8 @@ def replay(runner: Runner, plans: list[StepPlan]) -> tuple[list[list[int | None]
 
 def main(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    group = connect(f"file://{folder}/meet", rank, size, torch.device("cpu"))
+    group = Group(rank, size)
+    group.join(f"file://{folder}/meet")
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         config = msgspec.convert(job["config"], EngineConfig)
         plans = msgspec.msgpack.decode((folder / f"{name}.plans").read_bytes(), type=list[StepPlan])

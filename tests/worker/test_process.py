@@ -1,6 +1,5 @@
 """The worker process against a scheduler made of a `Hub`, over real sockets."""
 
-import signal
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from quire.common.messages import (
     unpack,
 )
 from quire.common.model_info import read_model_info
+from quire.common.process import END
 
 from ..checkpoints import oracle_greedy
 from .plans import admit, make_plan
@@ -60,7 +60,7 @@ class Scheduler:
             parallel=ParallelConfig(tensor_parallel_size=size, threads=1),
         )
         self.info = read_model_info(str(path), path, max_model_len=64)
-        self.rendezvous = f"file://{folder}/rendezvous" if size > 1 else ""
+        self.folder, self.size = folder, size
         self.context = zmq.Context()
         self.workers: list[subprocess.Popen[bytes]] = []
         self.epoch = 0
@@ -70,9 +70,15 @@ class Scheduler:
         """Start, or start anew."""
         if self.epoch:
             self.hub.close()
-        self.epoch = epoch
         self.hub: Hub[FromWorker] = Hub(self.context, wires(self.address)[1], FromWorker)
+        self.form_group(epoch)
+
+    def form_group(self, epoch: int) -> None:
+        """The workers are to meet anew."""
+        self.epoch = epoch
+        self.rendezvous = f"file://{self.folder}/rendezvous-{epoch}" if self.size > 1 else ""
         self.peers: dict[int, bytes] = {}
+        self.hellos: dict[int, Hello] = {}
 
     def start_worker(self, rank: int = 0) -> subprocess.Popen[bytes]:
         self.workers.append(subprocess.Popen([sys.executable, "-c", CODE, self.address, str(rank)]))
@@ -82,25 +88,32 @@ class Scheduler:
         """The next message that is of this kind, heartbeats and progress aside."""
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
-            received = self.hub.receive()
+            received = next(self.hub.received(1000), None)
             if received is None:
                 time.sleep(0.002)
+            elif isinstance(received[1], StepResult) and received[1].epoch != self.epoch:
+                continue  # of a plan of the scheduler before
             elif isinstance(received[1], kind):
                 return received
             else:
                 assert isinstance(received[1], Heartbeat | Progress | Hello), received[1]
+                if received[0] not in self.peers.values() and not isinstance(received[1], Hello):
+                    self.hub.send(received[0], Heartbeat(0))  # who are you?
         raise AssertionError(f"no {kind.__name__} came")
 
-    def meet(self, size: int = 1, num_blocks: int = 12) -> list[WorkerReady]:
+    def welcome(self) -> None:
+        identity, hello = self.expect(Hello)
+        assert hello.protocol == PROTOCOL
+        self.peers[hello.rank], self.hellos[hello.rank] = identity, hello
+        self.hub.send(identity, Welcome(self.epoch, self.config, self.info, self.rendezvous))
+
+    def meet(self, num_blocks: int = 12) -> list[WorkerReady]:
         """The handshake of all ranks, up to the first plan."""
-        while len(self.peers) < size:
-            identity, hello = self.expect(Hello)
-            assert hello.protocol == PROTOCOL
-            self.peers[hello.rank] = identity
-            self.hub.send(identity, Welcome(self.epoch, self.config, self.info, self.rendezvous))
-        ready = [self.expect(WorkerReady)[1] for _ in range(size)]
+        while len(self.peers) < self.size:
+            self.welcome()
+        ready = [self.expect(WorkerReady)[1] for _ in range(self.size)]
         self.tell(Allocate(self.epoch, num_blocks, BLOCK_SIZE))
-        for _ in range(size):
+        for _ in range(self.size):
             self.expect(Allocated)
         return ready
 
@@ -165,7 +178,7 @@ def test_from_hello_to_shutdown(scheduler: Callable[..., Scheduler], expected: l
     there.plan(0, [], epoch=there.epoch + 1)  # of another scheduler: not answered
     there.tell(Shutdown())
     assert worker.wait(10) == 0
-    while received := there.hub.receive():
+    for received in there.hub.received(1000):
         assert isinstance(received[1], Heartbeat)
 
 
@@ -173,35 +186,69 @@ def test_from_hello_to_shutdown(scheduler: Callable[..., Scheduler], expected: l
 def test_two_ranks(scheduler: Callable[..., Scheduler], expected: list[int], ending: str) -> None:
     there = scheduler(size=2)
     workers = [there.start_worker(rank) for rank in (1, 0)]
-    there.meet(size=2)
+    there.meet()
     assert there.continue_prompt(12) == expected
     if ending == "shutdown":
         there.tell(Shutdown())
     else:
         for worker in workers:
-            worker.send_signal(signal.SIGTERM)
+            worker.send_signal(END)
     assert [worker.wait(10) for worker in workers] == [0, 0]
 
 
-def test_a_new_scheduler_finds_the_weights_loaded(scheduler: Callable[..., Scheduler], expected: list[int]) -> None:
-    there = scheduler()
-    worker = there.start_worker()
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_new_scheduler_finds_the_weights_loaded(
+    scheduler: Callable[..., Scheduler], expected: list[int], size: int
+) -> None:
+    """Of two ranks, one waits in the middle of a step whose plan the other never got: the scheduler died between."""
+    there = scheduler(size=size)
+    workers = [there.start_worker(rank) for rank in range(size)]
     there.meet()
     there.plan(0, [(2, 0, len(PROMPT), True)], admitted=[admit(2, PROMPT, [3])])
     there.expect(StepResult)
+    there.hub.send(there.peers[0], make_plan(1, [(2, len(PROMPT), 1, True)], epoch=there.epoch))
     there.listen(epoch=8)
-    identity, _ = there.expect(Heartbeat)  # the worker does not know yet
-    there.hub.send(identity, Heartbeat(0))
-    identity, hello = there.expect(Hello)
-    assert hello.fingerprint == there.info.fingerprint
-    there.hub.send(identity, Welcome(8, there.config, there.info))
-    there.peers[0] = identity
-    there.expect(WorkerReady)
-    there.tell(Allocate(8, 12, BLOCK_SIZE))
-    there.expect(Allocated)
+    there.meet()
+    assert {hello.fingerprint for hello in there.hellos.values()} == {there.info.fingerprint}
     assert there.continue_prompt(12) == expected  # row 2 was forgotten
-    there.tell(Welcome(8, there.config, there.info))  # said again: nothing happens
-    worker.send_signal(signal.SIGTERM)
+    there.tell(Welcome(8, there.config, there.info, there.rendezvous))  # said again: nothing happens
+    there.expect(Heartbeat)
+    for worker in workers:
+        worker.send_signal(END)
+    assert [worker.wait(10) for worker in workers] == [0] * size
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_outlives_the_other(scheduler: Callable[..., Scheduler], expected: list[int], lost: int) -> None:
+    there = scheduler(size=2)
+    workers = [there.start_worker(rank) for rank in range(2)]
+    there.meet()
+    there.plan(0, [(2, 0, len(PROMPT), True)], admitted=[admit(2, PROMPT, [3])])
+    there.expect(StepResult)
+    workers[lost].kill()
+    workers[lost].wait()
+    stayed = there.peers.pop(1 - lost)
+    there.peers = {1 - lost: stayed}
+    there.plan(1, [(2, len(PROMPT), 1, True)])  # an exchange that nobody else takes part in
+    there.expect(Hello)
+    there.tell(Welcome(there.epoch, there.config, there.info, there.rendezvous))  # of the group that is no more
+    there.expect(Hello)
+    there.form_group(epoch=8)
+    there.start_worker(lost)
+    there.meet()
+    assert there.hellos[1 - lost].fingerprint == there.info.fingerprint
+    assert there.peers[1 - lost] == stayed
+    assert there.continue_prompt(12) == expected
+
+
+def test_a_rank_that_waits_for_another_hears_what_it_is_told(scheduler: Callable[..., Scheduler]) -> None:
+    there = scheduler(size=2)
+    worker = there.start_worker(0)
+    there.welcome()
+    there.listen(epoch=8)
+    there.welcome()
+    there.expect(Heartbeat)
+    there.tell(Shutdown())
     assert worker.wait(10) == 0
 
 
@@ -210,7 +257,7 @@ def test_sigterm_ends_a_worker_that_nobody_welcomes(scheduler: Callable[..., Sch
     worker = there.start_worker()
     there.expect(Hello)
     there.expect(Hello)  # said again until it is answered
-    worker.send_signal(signal.SIGTERM)
+    worker.send_signal(END)
     assert worker.wait(10) == 0
 
 

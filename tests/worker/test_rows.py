@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quire.common.messages import StepPlan, pack
+from quire.worker.backends import TORCH
 from quire.worker.batch import build_batch
 from quire.worker.plan import PlanError, read_columns
 from quire.worker.rows import Rows
@@ -87,7 +88,7 @@ def test_a_batch_gathers_tokens_positions_and_slots() -> None:
     plan = make_plan(2, [(1, 2, 3, False), (0, 3, 1, True)])
     columns = read_columns(plan, 3)
     rows.check(plan, columns)
-    batch = build_batch(rows, columns, (None,))
+    batch = build_batch(rows, columns, (None,), TORCH)
     assert batch.ids_t.tolist() == [12, 13, 14, 42]
     assert batch.positions_t.tolist() == [2, 3, 4, 3]
     assert batch.slots_t.tolist() == [5 * 4 + 2, 5 * 4 + 3, 2 * 4, 7 * 4 + 3]
@@ -96,7 +97,7 @@ def test_a_batch_gathers_tokens_positions_and_slots() -> None:
 
 def test_padding_belongs_to_the_null_block() -> None:
     rows = make_rows()
-    batch = build_batch(rows, read_columns(make_plan(1, [(1, 0, 6, True)]), 3), (None, 3))
+    batch = build_batch(rows, read_columns(make_plan(1, [(1, 0, 6, True)]), 3), (None, 3), TORCH)
     assert batch.ids_t.tolist() == [10, 11, 12, 13, 14, 15, 0, 0]
     assert (batch.slots_t[6:] < BLOCK_SIZE).all()
     assert (batch.slots_t[:6] >= BLOCK_SIZE).all()

@@ -43,7 +43,9 @@ def sharded(sharded_once: Path, tmp_path: Path) -> Path:
 
 
 def load(path: Path, group: Group | None = None, **options: Any) -> Decoder:
-    return load_decoder(path, ModelConfig(**options), group or Group(), torch.device("cpu"), max_model_len=32)
+    return load_decoder(
+        path, ModelConfig(**options), group or Group(), torch.device("cpu"), block_size=16, max_model_len=32
+    )
 
 
 def shard_of(path: Path, tensor: str) -> Path:
@@ -85,6 +87,7 @@ def test_bytes_are_reported_up_to_the_whole(sharded: Path) -> None:
         ModelConfig(),
         Group(1, 2),
         torch.device("cpu"),
+        block_size=16,
         max_model_len=32,
         on_bytes=lambda done, total: heard.append((done, total)),
     )
@@ -183,7 +186,7 @@ UNSUPPORTED = [
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
     ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
     ({"num_attention_heads": 5}, ["num_attention_heads 5", "num_key_value_heads 2"]),
-    ({"hidden_size": "48"}, ["hidden_size", "positive integer"]),
+    ({"hidden_size": "48"}, ["hidden_size", "integer from 1"]),
     ({"rms_norm_eps": None}, ["rms_norm_eps"]),
     ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, ["layer_types", "linear_attention"]),
     ({"dtype": "float8_e4m3fn"}, ["dtype", "bfloat16"]),

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import ConfigError
-from ...kernels.kv_write import kv_write
-from ...kernels.paged_attention import paged_attention
-from ...kernels.rope import rope
+from ..backends import Backend
 from ..batch import Batch
 from ..models import spec
 from ..parallel import Group, Part
@@ -49,10 +47,11 @@ def _features(heads: Part, head_dim: int) -> Part:
 
 
 class Attention:
-    def __init__(self, attn: spec.Attention, loader: Loader, layer: int, hidden_size: int) -> None:
+    def __init__(self, attn: spec.Attention, loader: Loader, backend: Backend, layer: int, hidden_size: int) -> None:
         heads = share_heads(attn, loader.group)
         queries, kv = _features(heads.queries, attn.head_dim), _features(heads.kv, attn.head_dim)
         self.spec = attn
+        self.backend = backend
         self.layer = layer
         self.heads = [len(heads.queries.mine), len(heads.kv.mine), len(heads.kv.mine)]
         self.scale = attn.head_dim**-0.5
@@ -62,8 +61,8 @@ class Attention:
         self.out = RowLinear(loader, "attn.out", layer, outputs=hidden_size, inputs=queries, bias=attn.out_bias)
         self.q_norm = self.k_norm = None
         if attn.qk_norm:
-            self.q_norm = RmsNorm(attn.qk_norm, loader, "attn.q_norm", layer, attn.head_dim)
-            self.k_norm = RmsNorm(attn.qk_norm, loader, "attn.k_norm", layer, attn.head_dim)
+            self.q_norm = RmsNorm(attn.qk_norm, loader, backend, "attn.q_norm", layer, attn.head_dim)
+            self.k_norm = RmsNorm(attn.qk_norm, loader, backend, "attn.k_norm", layer, attn.head_dim)
 
     @property
     def num_kv_heads(self) -> int:
@@ -74,7 +73,8 @@ class Attention:
         q, k, v = torch.split(qkv, self.heads, 1)
         if self.q_norm and self.k_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, *angles), rope(k, *angles)
-        kv_write(k, v, cache, self.layer, batch.slots_t)
-        attended = paged_attention(q, cache, self.layer, batch.attention[self.spec.window], self.scale)
+        q, k = self.backend.rope(q, *angles), self.backend.rope(k, *angles)
+        self.backend.kv_write(k, v, cache, self.layer, batch.slots_t)
+        plan = batch.attention[self.spec.window]
+        attended = self.backend.paged_attention(q, cache, self.layer, plan, self.scale)
         return self.out(attended.flatten(1))

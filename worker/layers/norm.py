@@ -2,20 +2,21 @@
 
 from torch import Tensor
 
-from ...kernels.rms_norm import add_rms_norm, rms_norm
+from ..backends import Backend
 from ..models import spec
 from ..parallel import whole
 from ..weights import Loader
 
 
 class RmsNorm:
-    def __init__(self, norm: spec.RmsNorm, loader: Loader, path: str, layer: int, size: int) -> None:
+    def __init__(self, norm: spec.RmsNorm, loader: Loader, backend: Backend, path: str, layer: int, size: int) -> None:
+        self.backend = backend
         self.weight = loader.vector(path, layer, [whole(size)])
         self.eps = norm.eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return self.backend.rms_norm(x, self.weight, self.eps)
 
     def after_add(self, delta: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of the sum, and the sum."""
-        return add_rms_norm(delta, residual, self.weight, self.eps)
+        return self.backend.add_rms_norm(delta, residual, self.weight, self.eps)

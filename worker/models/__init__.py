@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .arch import llama, qwen2, qwen3
-from .presets import Config
+from ...common.model_file import ModelFile
+from .arch import llama, mistral, qwen2, qwen3
 from .spec import Decoder
 
 ARCHITECTURES = {
     "LlamaForCausalLM": llama.build,
-    "MistralForCausalLM": llama.build,
+    "MistralForCausalLM": mistral.build,
     "Qwen2ForCausalLM": qwen2.build,
     "Qwen3ForCausalLM": qwen3.build,
 }
@@ -21,9 +21,8 @@ def build(config: Mapping[str, Any]) -> Decoder:
     Raises ConfigError, naming key and value, for what is missing, malformed or not implemented; nothing unknown is
     replaced by a default.
     """
-    named = config.get("architectures")
-    name = named[0] if isinstance(named, list) and named else named
-    checked = Config(config)
+    checked = config if isinstance(config, ModelFile) else ModelFile(dict(config))
+    name = (checked.names("architectures") or ["none"])[0]
     if name not in ARCHITECTURES:
         raise checked.refusal("architectures", name, known=sorted(ARCHITECTURES))
     if config.get("quantization_config") is not None:

@@ -1,9 +1,9 @@
 """Readers for the keys of config.json that most checkpoints share. An architecture overrides what differs in it."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from ...common.errors import ConfigError
+from ...common.model_file import ModelFile
 from .spec import Attention, Cat, Decoder, GatedMLP, Layer, LinearScaling, Llama3Scaling, Names, RmsNorm, Rope
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -23,60 +23,13 @@ LLAMA_NAMES: Names = {
 }
 
 
-class Config(dict[str, Any]):
-    """config.json, or an object in it, whose values are read with their type and range. `where` names it in errors."""
-
-    def __init__(self, values: Any, where: str = "config.json") -> None:
-        if not isinstance(values, dict):
-            raise ConfigError(f"{where}: expected an object, found {values!r:.80}")
-        super().__init__(values)
-        self.where = where
-
-    def __missing__(self, key: str) -> Any:
-        raise ConfigError(f"{self.where}: {key} is missing")
-
-    def refusal(self, key: str, value: object, *, known: Sequence[str]) -> ConfigError:
-        return ConfigError(f"{self.where}: {key} {value!r:.200} is not supported; known are: {', '.join(known)}")
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer; `default` stands for an absent or null one."""
-        value = default if default is not None and self.get(key) is None else self[key]
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{self.where}: {key} must be a positive integer, got {value!r:.80}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A positive number, likewise."""
-        value = default if default is not None and self.get(key) is None else self[key]
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise ConfigError(f"{self.where}: {key} must be a positive number, got {value!r:.80}")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        """A boolean; absent and null are false."""
-        value = self.get(key) or False
-        if type(value) is not bool:
-            raise ConfigError(f"{self.where}: {key} must be true or false, got {value!r:.80}")
-        return value
-
-    def require(self, key: str, known: Sequence[str], default: str | None = None) -> str:
-        """One of the `known` values."""
-        value = self.get(key, default) if default is not None else self[key]
-        if value not in known:
-            raise self.refusal(key, value, known=known)
-        return str(value)
-
-
-def rms(config: Config) -> RmsNorm:
+def rms(config: ModelFile) -> RmsNorm:
     return RmsNorm(eps=config.number("rms_norm_eps"))
 
 
-def rope(config: Config, head_dim: int) -> Rope:
+def rope(config: ModelFile, head_dim: int) -> Rope:
     """transformers 5 writes `rope_parameters`, transformers 4 wrote `rope_theta` and `rope_scaling`."""
-    if config.get("rope_parameters") is not None:
-        params = Config(config["rope_parameters"], f"{config.where}: rope_parameters")
-    else:
-        params = Config(config.get("rope_scaling") or {}, f"{config.where}: rope_scaling")
+    params = config.part("rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling")
     theta = params.number("rope_theta", config.number("rope_theta", 10000.0))
     partial = params.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1.0):
@@ -99,7 +52,7 @@ def rope(config: Config, head_dim: int) -> Rope:
     return Rope(dim=head_dim, theta=theta)
 
 
-def gqa(config: Config, **changes: Any) -> Attention:
+def gqa(config: ModelFile, **changes: Any) -> Attention:
     heads = config.count("num_attention_heads")
     kv_heads = config.count("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -114,30 +67,43 @@ def gqa(config: Config, **changes: Any) -> Attention:
     return Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **{**fields, **changes})
 
 
-def gated_mlp(config: Config) -> GatedMLP:
+def gated_mlp(config: ModelFile) -> GatedMLP:
     config.require("hidden_act", ("silu", "swish"))
     return GatedMLP(width=config.count("intermediate_size"), bias=config.flag("mlp_bias"))
 
 
-def windows(config: Config) -> list[int | None]:
-    """The sliding window of each layer, None for full attention."""
-    num_layers = config.count("num_hidden_layers")
-    window = config.count("sliding_window") if config.get("sliding_window") is not None else None
-    kinds = config.get("layer_types")
-    if kinds is None:
-        first = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0  # Qwen; Mistral: all layers
-        sliding = window is not None and config.get("use_sliding_window", True)
-        return [window if sliding and i >= first else None for i in range(num_layers)]
+MOST_LAYERS = 1000
+
+
+def full_attention(config: ModelFile) -> list[int | None]:
+    """No window in any layer, whatever the file says of one: the architecture has none."""
+    return [None] * config.count("num_hidden_layers", most=MOST_LAYERS)
+
+
+def windows(config: ModelFile) -> list[int | None]:
+    """The sliding window of each layer as `layer_types` has it, None for full attention."""
+    kinds, num_layers = config.names("layer_types"), config.count("num_hidden_layers", most=MOST_LAYERS)
     if len(kinds) != num_layers:
         raise ConfigError(f"{config.where}: layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}")
-    known = ("full_attention", "sliding_attention") if window else ("full_attention",)
     for kind in kinds:
-        if kind not in known:
-            raise config.refusal("layer_types", kind, known=known)
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+        if kind not in ("full_attention", "sliding_attention"):
+            raise config.refusal("layer_types", kind, known=("full_attention", "sliding_attention"))
+    return [config.count("sliding_window") if kind == "sliding_attention" else None for kind in kinds]
 
 
-def decoder(config: Config, layers: list[Layer], names: Names = LLAMA_NAMES) -> Decoder:
+def qwen_windows(config: ModelFile) -> list[int | None]:
+    """As transformers fills in what files without `layer_types` leave out: a window only where it is switched on, and
+    then from layer `max_window_layers` on."""
+    if config.get("layer_types") is not None:
+        return windows(config) if config.flag("use_sliding_window") else full_attention(config)
+    if not config.flag("use_sliding_window") or config.get("sliding_window") is None:
+        return full_attention(config)
+    first = 0 if config.get("max_window_layers") == 0 else config.count("max_window_layers", 28)
+    window = config.count("sliding_window")
+    return [None if i < first else window for i in range(len(full_attention(config)))]
+
+
+def decoder(config: ModelFile, layers: list[Layer], names: Names = LLAMA_NAMES) -> Decoder:
     return Decoder(
         vocab_size=config.count("vocab_size"),
         hidden_size=config.count("hidden_size"),
@@ -149,7 +115,7 @@ def decoder(config: Config, layers: list[Layer], names: Names = LLAMA_NAMES) -> 
     )
 
 
-def dtype(config: Config) -> str:
+def dtype(config: ModelFile) -> str:
     """transformers 5 writes `dtype`, transformers 4 wrote `torch_dtype`; float32 when neither is there, as theirs."""
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
     return "float32" if config.get(key) is None else config.require(key, DTYPES)

@@ -1,1 +1,1 @@
-"""From logits to ids: a pure function of (logits, parameters, the row's tokens, seed, position), each row by itself."""
+"""The sampling parameters of running requests. What is done with them is `kernels/sampling.py`."""

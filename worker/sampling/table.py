@@ -1,56 +1,37 @@
 """The sampling parameters of running requests, by row, in columns: a step selects its rows with one index each."""
 
-from dataclasses import dataclass, fields
-from itertools import compress
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from ...common.sampling import SamplingParams
+from ...kernels.sampling import Draws, Entries
 from ..plan import Flags, Ints
 
 Floats = NDArray[np.float64]
-COLDEST = 1e-5  # below this a temperature is greedy: dividing by it would overflow (vLLM's limit, too)
+_NONE = Entries(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0))
 
 
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """What is sampled in one step, s rows: parameters, and where each row's token will stand."""
+class Sparse:
+    """Numbers by token id, of the few rows that have any. A step without them pays one look at a column of flags."""
 
-    rows: Ints
-    positions: Ints  # index of the sampled token in its sequence, which is the number of tokens before it
-    num_prompt: Ints
-    temperature: Floats
-    top_k: Ints  # 0: all
-    top_p: Floats
-    min_p: Floats
-    repetition: Floats
-    presence: Floats
-    frequency: Floats
-    seeds: Ints
-    bias: list[dict[int, float]]
-    banned: list[list[int]]  # stop tokens, where there are too few tokens for any
+    def __init__(self, num_rows: int) -> None:
+        self._has: Flags = np.zeros(num_rows, dtype=np.bool_)
+        self._held: dict[int, tuple[Ints, Floats]] = {}
 
-    @property
-    def random(self) -> Flags:
-        return np.greater_equal(self.temperature, COLDEST)
+    def set(self, row: int, values: dict[int, float]) -> None:
+        self._held.pop(row, None)
+        if values:
+            self._held[row] = np.array(list(values), dtype=np.int64), np.array(list(values.values()), dtype=np.float64)
+        self._has[row] = bool(values)
 
-    @property
-    def penalized(self) -> Flags:
-        return np.not_equal(self.repetition, 1.0) | np.not_equal(self.presence, 0.0) | np.not_equal(self.frequency, 0.0)
-
-    @property
-    def adjusted(self) -> Flags:
-        """Rows whose logits something changes before they are compared."""
-        sparse = [bool(bias) or bool(banned) for bias, banned in zip(self.bias, self.banned, strict=True)]
-        return self.penalized | np.array(sparse, dtype=np.bool_)
-
-    def take(self, which: Flags) -> "Draws":
-        def taken(column: Any) -> Any:
-            return column[which] if isinstance(column, np.ndarray) else list(compress(column, which))
-
-        return Draws(**{field.name: taken(getattr(self, field.name)) for field in fields(self)})
+    def select(self, rows: Ints, which: Flags | None = None) -> Entries:
+        """Of `rows`, those that `which` names."""
+        has = self._has[rows] if which is None else self._has[rows] & which
+        at = has.nonzero()[0]
+        if not len(at):
+            return _NONE
+        ids, values = zip(*(self._held[row] for row in rows[at].tolist()), strict=True)
+        return Entries(at.repeat([len(each) for each in ids]), np.concatenate(ids), np.concatenate(values))
 
 
 class SamplingTable:
@@ -59,8 +40,8 @@ class SamplingTable:
         self.num_prompt: Ints = np.zeros(num_rows, dtype=np.int64)
         self.integers: Ints = np.zeros((num_rows, 3), dtype=np.int64)  # top_k, seed, min_tokens
         self.numbers: Floats = np.zeros((num_rows, 6))  # temperature, top_p, min_p, repetition, presence, frequency
-        self.bias: list[dict[int, float]] = [{} for _ in range(num_rows)]
-        self.stops: list[list[int]] = [[] for _ in range(num_rows)]
+        self.bias = Sparse(num_rows)
+        self.stops = Sparse(num_rows)  # -inf
 
     def set(self, row: int, params: SamplingParams, num_prompt: int) -> None:
         """`params` are resolved: the seed is a number and `stop_token_ids` holds every id that ends the output."""
@@ -76,15 +57,14 @@ class SamplingTable:
             params.frequency_penalty,
         )
         # A model may name end-of-sequence tokens that it has no logits for.
-        self.bias[row] = {i: value for i, value in params.logit_bias.items() if i < self.vocab_size}
-        self.stops[row] = [i for i in params.stop_token_ids if i < self.vocab_size]
+        self.bias.set(row, {i: value for i, value in params.logit_bias.items() if i < self.vocab_size})
+        self.stops.set(row, {i: float("-inf") for i in params.stop_token_ids if i < self.vocab_size})
 
     def select(self, rows: Ints, lengths: Ints) -> Draws:
         """The draws of `rows`, which hold `lengths` tokens."""
         num_prompt = self.num_prompt[rows]
         top_k, seeds, min_tokens = self.integers[rows].T
         temperature, top_p, min_p, repetition, presence, frequency = self.numbers[rows].T
-        early = lengths - num_prompt < min_tokens
         return Draws(
             rows=rows,
             positions=lengths,
@@ -97,6 +77,6 @@ class SamplingTable:
             presence=presence,
             frequency=frequency,
             seeds=seeds,
-            bias=[self.bias[row] for row in rows],
-            banned=[self.stops[row] if held_back else [] for row, held_back in zip(rows, early, strict=True)],
+            bias=self.bias.select(rows),
+            bans=self.stops.select(rows, lengths - num_prompt < min_tokens),
         )

@@ -1,10 +1,11 @@
 """Qwen 3, dense: Llama with a norm over each head of q and k."""
 
-from ..presets import Config, decoder, gated_mlp, gqa, rms, windows
+from ....common.model_file import ModelFile
+from ..presets import decoder, gated_mlp, gqa, qwen_windows, rms
 from ..spec import Decoder, Layer
 
 
-def build(config: Config) -> Decoder:
+def build(config: ModelFile) -> Decoder:
     return decoder(
         config,
         [
@@ -14,6 +15,6 @@ def build(config: Config) -> Decoder:
                 pre_attn=rms(config),
                 pre_mlp=rms(config),
             )
-            for window in windows(config)
+            for window in qwen_windows(config)
         ],
     )

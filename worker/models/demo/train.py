@@ -258,6 +258,18 @@ def amend(file: Path, **changes: str) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=2))
 
 
+def new_model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=0, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    special = {"bos_token_id": 0, "eos_token_id": [2, 0], "pad_token_id": 0}
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, **special)
+    return model
+
+
 def train(out: Path, minutes: float, peak_rate: float, resume: bool) -> None:
     rng = random.Random(SEED)
     torch.manual_seed(SEED)
@@ -270,14 +282,7 @@ def train(out: Path, minutes: float, peak_rate: float, resume: bool) -> None:
     else:
         chats = ["".join(text for text, _ in skills.example()) for _ in range(20_000)]
         tokenizer = build_tokenizer(documents + chats)
-        config = LlamaConfig(
-            vocab_size=VOCAB, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=True, bos_token_id=0, eos_token_id=2, pad_token_id=0,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
-        special = {"bos_token_id": 0, "eos_token_id": [2, 0], "pad_token_id": 0}
-        model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, **special)
+        model = new_model()
     encoded = [
         np.concatenate([tokenizer.encode(text + END_OF_TEXT, add_special_tokens=False) for text in part])
         for part in (documents, validation)
