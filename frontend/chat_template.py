@@ -15,6 +15,8 @@ from msgspec import Struct
 from tokenizers import Tokenizer
 
 from ..common.errors import RequestError
+from .encoding import encode
+from .messages import Message
 
 START, END = "\ue0f0", "\ue0f1"  # private use; removed from what users write
 RESERVED = frozenset(  # arguments of the renderer itself
@@ -38,8 +40,6 @@ RESERVED = frozenset(  # arguments of the renderer itself
         "truncation",
     ]
 )
-
-Message = Mapping[str, Any]
 
 
 class ChatOptions(Struct, frozen=True, kw_only=True):
@@ -71,16 +71,17 @@ class ChatTemplate:
         self._of_others = _pattern(special | written)
         self._control_ids = {i for i, token in added.items() if token.content in special | written}
 
-    def encode(self, messages: Sequence[Message], options: ChatOptions) -> list[int]:
-        """Raises RequestError for what the template refuses, and for control tokens that no text can stand for."""
-        rendered = self.render(messages, options)
+    def encode(self, rendered: str, options: ChatOptions) -> list[int]:
+        """The ids of what `render` made. Raises RequestError for control tokens that no text can stand for."""
         if START not in rendered and END not in rendered:
-            ids: list[int] = self._tokenizer.encode(rendered, add_special_tokens=options.add_special_tokens).ids
-            return ids
+            return self._encode([rendered], add_special_tokens=options.add_special_tokens)[0]
         return self._encode_marked(rendered, add_special_tokens=options.add_special_tokens)
 
     def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
-        """The text of a conversation, control tokens of its messages between marks."""
+        """The text of a conversation (`plain_messages`), control tokens of its messages between marks.
+
+        Raises RequestError for what the template refuses.
+        """
         self._check_kwargs(options.template_kwargs)
         marked = [self._marked_message(message) for message in messages]
         try:
@@ -112,7 +113,7 @@ class ChatTemplate:
     def _marked_message(self, message: Message) -> dict[str, Any]:
         role = "system" if message["role"] == "developer" and "developer" not in self._template else message["role"]
         pattern = self._of_model if role == "assistant" else self._of_others
-        marked: dict[str, Any] = _mark({name: value for name, value in message.items() if value is not None}, pattern)
+        marked: dict[str, Any] = _mark(message, pattern)
         return {**marked, "role": role}
 
     def _encode_marked(self, rendered: str, *, add_special_tokens: bool) -> list[int]:
@@ -120,28 +121,36 @@ class ChatTemplate:
 
         A template may tear marks apart (split, trim); a mark alone is dropped and still separates what is around it.
         """
-        pieces = re.split(f"{START}({self._of_others.pattern}){END}|[{START}{END}]", rendered)
-        ids: list[int] = self._tokenizer.encode(pieces[0], add_special_tokens=add_special_tokens).ids
-        for i, piece in enumerate(pieces[1:], start=1):
+        head, *pieces = re.split(f"{START}({self._of_others.pattern}){END}|[{START}{END}]", rendered)
+        ids = self._encode([head], add_special_tokens=add_special_tokens)[0]
+        spelled = {token: self._encode_as_text(token) for token in set(pieces[::2]) if token}
+        plain = iter(self._encode_inner([piece for piece in pieces[1::2] if piece]))
+        for i, piece in enumerate(pieces):
             if piece:
-                ids += self._encode_as_text(piece) if i % 2 else self._encode_inner(piece)
+                ids += next(plain) if i % 2 else spelled[piece]
         return ids
 
     def _encode_as_text(self, token: str) -> list[int]:
         """The ids of a control token's characters: cut in two, so that the tokenizer does not see it."""
-        ids = self._encode_inner(token[:1]) + self._encode_inner(token[1:]) if len(token) > 1 else []
-        if not ids or self._control_ids.intersection(ids):
+        first, rest = self._encode_inner([token[:1], token[1:]])
+        ids = first + rest
+        if len(token) < 2 or not ids or self._control_ids.intersection(ids):
             raise RequestError(
                 f"the messages contain {token!r}, which this model's tokenizer knows only as a control token",
                 param="messages",
             )
         return ids
 
-    def _encode_inner(self, text: str) -> list[int]:
-        """The ids of `text` in the middle of a text: without the space that some tokenizers put before the first word."""
-        encode: Callable[[str], list[int]] = lambda text: self._tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
-        newline, ids = encode("\n"), encode("\n" + text)
-        return ids[len(newline) :] if ids[: len(newline)] == newline else encode(text)
+    def _encode_inner(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text in the middle of a text: without the space that some tokenizers put before the first word."""
+        newline, *found = self._encode(["\n", *("\n" + text for text in texts)], add_special_tokens=False)
+        return [
+            ids[len(newline) :] if ids[: len(newline)] == newline else self._encode([text], add_special_tokens=False)[0]
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
+    def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        return encode(self._tokenizer, texts, add_special_tokens=add_special_tokens)
 
 
 def _pattern(tokens: set[str]) -> re.Pattern[str]:

@@ -24,6 +24,7 @@ KINDS = {
     403: Kind("permission_error", "host_not_allowed"),
     404: Kind("invalid_request_error", "not_found"),
     405: Kind("invalid_request_error", "method_not_allowed"),
+    408: Kind("invalid_request_error", "request_timeout", _GONE),
     413: Kind("invalid_request_error", "request_too_large", _GONE),
     414: Kind("invalid_request_error", "request_too_large", _GONE),
     431: Kind("invalid_request_error", "request_too_large", _GONE),

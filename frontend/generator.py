@@ -85,11 +85,6 @@ class Generator:
         limit = model.max_model_len
         if not ids:
             raise RequestError("the prompt is empty; it must hold at least one token", param=param)
-        if min(ids) < 0 or max(ids) >= model.vocab_size:
-            wrong = next(i for i in ids if not 0 <= i < model.vocab_size)
-            raise RequestError(
-                f"token id {wrong} is not in the vocabulary, which has ids 0 to {model.vocab_size - 1}", param=param
-            )
         if len(ids) >= limit:
             raise RequestError(
                 f"this model's maximum context length is {limit} tokens, and the prompt has {len(ids)}; it must leave room for at least one more",
@@ -101,6 +96,12 @@ class Generator:
                 f"the KV cache holds {capacity.num_tokens} tokens, and the prompt has {len(ids)}",
                 param=param,
                 code="context_length_exceeded",
+            )
+        if min(ids) < 0 or max(ids) >= model.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < model.vocab_size)
+            raise RequestError(
+                f"token id {str(wrong)[:80]} is not in the vocabulary, which has ids 0 to {model.vocab_size - 1}",
+                param=param,
             )
         if params.max_tokens is not None and params.max_tokens > limit:
             raise RequestError(

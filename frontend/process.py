@@ -80,16 +80,17 @@ async def _start(service: Service, app: App, server: uvicorn.Server) -> None:
     options: ServerConfig = welcome.config.server
     app.configure(api_keys=options.api_key, max_body_bytes=options.max_body_bytes)
     server.config.timeout_graceful_shutdown = options.drain_timeout  # type: ignore[assignment]
-    tokenizer = await asyncio.to_thread(_load_tokenizer, welcome.config.model, options)
+    tokenizer = await asyncio.to_thread(_load_tokenizer, welcome.config.model, options, welcome.model.max_model_len)
     service.generator = Generator(service.client, tokenizer)
     log.info(
         "tokenizer loaded%s", "" if tokenizer.has_chat_template else "; it has no chat template, so chat is refused"
     )
 
 
-def _load_tokenizer(model: ModelConfig, options: ServerConfig) -> Tokenizer:
+def _load_tokenizer(model: ModelConfig, options: ServerConfig, max_model_len: int) -> Tokenizer:
     path = Path(model.tokenizer).expanduser() if model.tokenizer else model_path(model.model)
-    return Tokenizer.load(path, chat_template=Path(options.chat_template) if options.chat_template else None)
+    template = Path(options.chat_template).expanduser() if options.chat_template else None
+    return Tokenizer.load(path, chat_template=template, max_model_len=max_model_len)
 
 
 async def _until_over(service: Service, serving: asyncio.Task[None], starting: asyncio.Task[None]) -> int:

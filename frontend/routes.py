@@ -28,6 +28,7 @@ class Detokenized(Struct):
     prompt: str
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> Response:
     """200 as long as this process lives and its engine has not failed, also while it starts."""
@@ -37,6 +38,7 @@ async def health(request: Request) -> Response:
     return json_answer({"status": "ok"})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> Response:
     """200 when requests are served; until then 503 with the phase of the start and its progress."""
@@ -76,8 +78,14 @@ async def tokenize(request: Request) -> Response:
         ids = await tokenizer.encode_chat(messages_of(body), chat_options_of(body))
     else:
         ids = await tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-    strings = tokenizer.token_strings(ids) if body.return_token_strs else UNSET
-    return json_answer(Tokenized(len(ids), service.client.model.max_model_len, ids, strings), headers)
+    limit = service.client.model.max_model_len
+    if body.return_token_strs and len(ids) > limit:
+        raise RequestError(
+            f"return_token_strs is for what fits the context of {limit} tokens, and this has {len(ids)}",
+            param="return_token_strs",
+        )
+    strings = await tokenizer.token_strings(ids) if body.return_token_strs else UNSET
+    return json_answer(Tokenized(len(ids), limit, ids, strings), headers)
 
 
 @router.post("/detokenize", openapi_extra=described(DetokenizeRequest))
@@ -91,6 +99,7 @@ async def detokenize(request: Request) -> Response:
     vocab_size = service.client.model.vocab_size
     if wrong := [i for i in body.tokens if not 0 <= i < vocab_size]:
         raise RequestError(
-            f"token id {wrong[0]} is not in the vocabulary, which has ids 0 to {vocab_size - 1}", param="tokens"
+            f"token id {str(wrong[0])[:80]} is not in the vocabulary, which has ids 0 to {vocab_size - 1}",
+            param="tokens",
         )
     return json_answer(Detokenized(await tokenizer.decode(body.tokens)), headers)

@@ -65,7 +65,7 @@ class Service:
         if name not in self.model_names:
             known = ", ".join(self.model_names)
             raise RequestError(
-                f"there is no model {name[:100]!r} here; there is {known}",
+                f"there is no model {name[:80]!r} here; there is {known}",
                 status=HTTPStatus.NOT_FOUND,
                 param="model",
                 code="model_not_found",

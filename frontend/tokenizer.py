@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..common.errors import ConfigError, RequestError
-from .chat_template import ChatOptions, ChatTemplate, Message
+from ..common.model_info import ENDLESS
+from .chat_template import ChatOptions, ChatTemplate
+from .encoding import decode, encode
+from .messages import Message, plain_messages
 
 if TYPE_CHECKING:
     import tokenizers
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-THREADS = 2  # tokenizing lets go of the interpreter lock; more threads than cores would only delay the event loop
+THREADS = 2  # rendering and marking are Python, and compete with the event loop; the rest lets go of its lock
 
 
 class Tokenizer:
@@ -27,15 +30,20 @@ class Tokenizer:
     call, which is not safe with threads.
     """
 
-    def __init__(self, backend: "tokenizers.Tokenizer", template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self, backend: "tokenizers.Tokenizer", template: ChatTemplate | None = None, *, max_model_len: int = ENDLESS
+    ) -> None:
         self.backend = backend  # not to be modified
+        self._max_model_len = max_model_len
+        self._max_characters = max_model_len * max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self._template = template
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenizer")
 
     @classmethod
-    def load(cls, path: Path, *, chat_template: Path | None = None) -> "Tokenizer":
-        """The tokenizer in the directory `path`. Takes half a second the first time, for the imports.
+    def load(cls, path: Path, *, chat_template: Path | None = None, max_model_len: int = ENDLESS) -> "Tokenizer":
+        """The tokenizer in the directory `path`, for texts that fit `max_model_len` tokens. Takes half a second the
+        first time, for the imports.
 
         Raises ConfigError when it is not there or cannot be read.
         """
@@ -63,37 +71,58 @@ class Tokenizer:
         chat = ChatTemplate(template, backend, loaded.special_tokens_map) if template else None
         if chat and (problem := chat.problem()):
             log.warning("%s: chat will not work: %s", path, problem)
-        return cls(backend, chat)
+        return cls(backend, chat, max_model_len=max_model_len)
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`; special tokens spelled in it are special tokens, as with Hugging Face."""
-        return await self._off_loop(lambda: self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        """The ids of `text`; special tokens spelled in it are special tokens, as with Hugging Face.
+
+        Raises RequestError for a text so long that it cannot fit the context.
+        """
+        self._check_length(len(text), "prompt")
+        return await self._off_loop(lambda: encode(self.backend, [text], add_special_tokens=add_special_tokens)[0])
 
     async def encode_chat(self, messages: Sequence[Message], options: ChatOptions | None = None) -> list[int]:
-        """The ids of a conversation. Raises RequestError when there is no template or it refuses."""
+        """The ids of a conversation. Raises RequestError for messages that are none or cannot fit the context, and when
+        there is no template or it refuses."""
         template, options = self._template, options or ChatOptions()
         if template is None:
             raise RequestError(
                 "this model has no chat template: use /v1/completions, or start the server with --chat-template FILE",
                 param="messages",
             )
-        if not messages:
-            raise RequestError("messages must hold at least one message", param="messages")
-        return await self._off_loop(lambda: template.encode(messages, options))
+
+        def rendered_and_encoded() -> list[int]:
+            plain = plain_messages(messages)
+            self._check_length(sum(len(message["content"]) for message in plain), "messages")
+            rendered = template.render(plain, options)
+            self._check_length(len(rendered), "messages")
+            return template.encode(rendered, options)
+
+        return await self._off_loop(rendered_and_encoded)
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        return await self._off_loop(lambda: self.backend.decode(ids, skip_special_tokens=skip_special_tokens))
+        return await self._off_loop(lambda: decode(self.backend, ids, skip_special_tokens=skip_special_tokens))
 
-    def token_strings(self, ids: Sequence[int]) -> list[str]:
+    async def token_strings(self, ids: Sequence[int]) -> list[str]:
         """The tokenizer's own spelling of each id."""
-        return [self.backend.id_to_token(i) or "" for i in ids]
+        return await self._off_loop(lambda: [self.backend.id_to_token(i) or "" for i in ids])
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _check_length(self, num_characters: int, param: str) -> None:
+        """No token stands for more characters than the longest, so some texts need no tokenizing to be refused."""
+        if num_characters > self._max_characters:
+            raise RequestError(
+                f"this model's maximum context length is {self._max_model_len} tokens, which hold {self._max_characters} "
+                f"characters at most; {param}: {num_characters} characters",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

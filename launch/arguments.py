@@ -11,7 +11,7 @@ from msgspec import structs
 
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
-from .options import OPTIONS, Option, likely_typos, nearest, resolve, to_yaml
+from .options import OPTIONS, Option, likely_typos, nearest, resolve, to_yaml, value_of
 
 SOURCES = """\
 Where values come from, first match wins: the flag, the environment variable (in brackets above; commas separate several
@@ -32,10 +32,13 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """Raises ConfigError; --help prints and exits."""
         values, unknown = self.parse_known_args([_dashed(word) for word in argv])
-        if unknown:
-            wrong = unknown[0].partition("=")[0]
+        if not unknown:
+            return values
+        wrong = unknown[0].partition("=")[0]
+        if wrong.startswith("-"):
             self.error(f"there is no option {wrong}.{nearest(wrong, self._option_string_actions)}")
-        return values
+        words = [action.metavar for action in self._actions if not action.option_strings]
+        self.error(f"{wrong!r:.80} is one argument too many: {f'one {words[0]} only' if words else 'options only'}")
 
 
 def _dashed(word: str) -> str:
@@ -58,19 +61,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             section.add_argument(*option.flags, **_argument(option))
 
 
+def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    """One of them, for a process that takes the others from the scheduler. `chosen` reads it."""
+    parser.add_argument(*option.flags, **_argument(option))
+
+
+def chosen(values: argparse.Namespace, option: Option, environ: Mapping[str, str] = os.environ) -> Any:
+    """The value of an option that `add_option` added: the flag's, else the environment's, else the default."""
+    return value_of(option, getattr(values, option.name, None), environ)
+
+
 def _argument(option: Option) -> dict[str, Any]:
     default = f" Default: {option.default_text}." if option.default_text else ""
+    repeated = " May be repeated." if option.several else ""
     argument: dict[str, Any] = {
         "dest": option.name,
         "default": argparse.SUPPRESS,
-        "help": f"{option.description}{default} [{option.env}]".replace("%", "%%"),
+        "help": f"{option.description}{repeated}{default} [{option.env}]".replace("%", "%%"),
     }
     if option.kind is bool:
         return argument | {"action": argparse.BooleanOptionalAction}
     argument["metavar"] = (
         "{" + ",".join(option.choices) + "}" if option.choices else option.metavar or option.kind.__name__.upper()
     )
-    return argument | ({"nargs": "+", "action": "extend"} if option.several else {})
+    return argument | ({"action": "append"} if option.several else {})
 
 
 def configuration(values: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> EngineConfig:

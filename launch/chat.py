@@ -63,7 +63,7 @@ class Conversation:
         self.messages = kept
 
     def say(self, text: str) -> bool:
-        """One turn. An answer that was stopped stays in the conversation as far as it came; a failed one does not."""
+        """One turn; False when it failed, and is forgotten. An answer that KeyboardInterrupt stops stays as far as it came."""
         asked = [*self.messages, {"role": "user", "content": text}]
         stats, pieces = Stats(), list[str]()
         try:
@@ -71,20 +71,27 @@ class Conversation:
                 pieces.append(piece)
                 self._screen.write(piece)
         except KeyboardInterrupt:
-            self._screen.write(" ...")
+            self._said(asked, pieces)
+            raise
         except RequestError as error:
             self._screen.end()
             self._screen.fail(error.message)
             return False
-        self._screen.end()
-        self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+        self._said(asked, pieces)
         if self._stats:
             self._screen.note(str(stats))
         return True
 
+    def _said(self, asked: list[dict[str, str]], pieces: Sequence[str]) -> None:
+        self._screen.end()
+        self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+
 
 def converse(chat: Conversation, screen: Screen) -> int:
-    """Read and answer until the input ends. The exit code tells whether every line of a pipe got its answer."""
+    """Read and answer until the input ends. The exit code tells whether every line of a pipe got its answer.
+
+    Ctrl-C stops an answer on a terminal, and everything in a pipe.
+    """
     code = 0
     while (line := screen.read()) is not None:
         text = line.strip()
@@ -92,9 +99,19 @@ def converse(chat: Conversation, screen: Screen) -> int:
             break
         if text.startswith("/"):
             _command(text, chat, screen.note)
-        elif text and not chat.say(text):
+        elif text and not _turn(chat, screen, text):
             code = 0 if screen.interactive else EXIT_CONFIG
     return code
+
+
+def _turn(chat: Conversation, screen: Screen, text: str) -> bool:
+    try:
+        return chat.say(text)
+    except KeyboardInterrupt:
+        if not screen.interactive:
+            raise
+        screen.note("stopped")
+        return True
 
 
 def _command(text: str, chat: Conversation, note: Callable[[str], None]) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..common.config import ModelConfig
+from ..common.config import EngineConfig, ModelConfig
 from ..common.errors import ConfigError
 from ..common.model_info import ModelInfo, model_path, read_config, read_model_info
 
@@ -20,6 +20,15 @@ def check_model(config: ModelConfig) -> ModelInfo:
             f"{path}: there is no *.safetensors here.{_other_weights(path)} --load-format dummy serves random weights"
         )
     return info
+
+
+def check_text_files(config: EngineConfig) -> None:
+    """Raises ConfigError when the tokenizer or the chat template that the options name is not there."""
+    tokenizer, template = config.model.tokenizer, config.server.chat_template
+    if tokenizer is not None and not (Path(tokenizer).expanduser() / "tokenizer.json").is_file():
+        raise ConfigError(f"--tokenizer {tokenizer}: there is no tokenizer.json in a directory of this name")
+    if template is not None and not Path(template).expanduser().is_file():
+        raise ConfigError(f"--chat-template {template}: no such file")
 
 
 def _other_weights(path: Path) -> str:

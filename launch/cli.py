@@ -1,5 +1,6 @@
 """The `quire` command."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -30,7 +31,23 @@ Quire serves large language models from paged memory.
 From Python: from quire import LLM; LLM("demo").generate("def fibonacci(n):")"""
 
 
+STOPPED = 130  # a shell's code for Ctrl-C
+READER_GONE = 141  # and for SIGPIPE
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return STOPPED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at its end
+        return READER_GONE
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP.format(commands="\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())))

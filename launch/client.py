@@ -13,7 +13,7 @@ import httpx
 from ..common.errors import ConfigError, RequestError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-CONNECT_S = 5.0
+TIMEOUT_S = 5.0
 
 
 def add_client_options(parser: argparse.ArgumentParser) -> None:
@@ -62,19 +62,22 @@ class Stats:
 class Client:
     """Raises ConfigError when there is no server, RequestError with the server's own words when it refuses."""
 
-    def __init__(self, url: str, api_key: str = "") -> None:
+    def __init__(self, url: str, api_key: str = "", *, timeout_s: float = TIMEOUT_S) -> None:
+        """`timeout_s`: to connect, and for an answer that needs no model; one of the model may take as long as it takes."""
+        url = url if "://" in url else f"http://{url}"
         self.url = url.rstrip("/").removesuffix("/v1")
+        self._timeout_s = timeout_s
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         try:
             self._http = httpx.Client(
-                base_url=self.url, headers=headers, timeout=httpx.Timeout(None, connect=CONNECT_S)
+                base_url=self.url, headers=headers, timeout=httpx.Timeout(None, connect=timeout_s)
             )
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise ConfigError(f"--url {url}: {error}") from None
 
     def first_model(self) -> str:
         try:
-            response = self._http.get("/v1/models", timeout=CONNECT_S)
+            response = self._http.get("/v1/models", timeout=self._timeout_s)
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from None
         models = _checked(response).get("data") or []
@@ -100,6 +103,10 @@ class Client:
             raise self._unreachable(error) from None
 
     def _unreachable(self, error: Exception) -> ConfigError:
+        if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
+            return ConfigError(
+                f"{self.url} does not answer: the connection was taken, and nothing came for {self._timeout_s:g} s"
+            )
         if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
             return ConfigError(f"{self.url} closed the connection: {error}")
         return ConfigError(

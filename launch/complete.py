@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "quire complete") -> 
         return told(ConfigError(error.message))
     except KeyboardInterrupt:
         screen.end()
-        return 130
+        raise
     screen.end()
     if values.stats:
         screen.note(str(stats))

@@ -1,7 +1,10 @@
 """The HTTP port: bound once, before anything else, and inherited by every frontend."""
 
+import contextlib
 import errno
 import socket
+from collections.abc import Iterable
+from typing import Any
 
 from ..common.errors import ConfigError
 
@@ -30,6 +33,17 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
+def inherited(descriptor: int) -> socket.socket:
+    """A listening socket that another process made. Raises ConfigError when `descriptor` is none."""
+    try:
+        sock = socket.socket(fileno=descriptor)
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ConfigError(f"--fd {descriptor}: this socket does not listen")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--fd {descriptor}: this is no socket that was inherited ({error})") from None
+    return sock
+
+
 def url_of(sock: socket.socket) -> str:
     """Where a client on this machine reaches the socket."""
     host, port = sock.getsockname()[:2]
@@ -50,17 +64,18 @@ def _refusal(error: OSError, host: str, port: int) -> str:
 def _holder(port: int) -> str:
     import psutil  # noqa: PLC0415 (only a refusal needs it)
 
+    def listens(connections: Iterable[Any]) -> list[Any]:
+        return [c for c in connections if c.status == psutil.CONN_LISTEN and c.laddr.port == port]
+
     try:
-        for connection in psutil.net_connections(kind="tcp"):
-            if (
-                connection.status == psutil.CONN_LISTEN
-                and connection.laddr
-                and connection.laddr.port == port
-                and connection.pid
-            ):
-                command = " ".join(psutil.Process(connection.pid).cmdline())
-                shown = command if len(command) <= _WITHIN else command[:_WITHIN] + "..."
-                return f"process {connection.pid} ({shown})"
-    except psutil.Error:
-        pass  # not ours to look at: the port is in use all the same
-    return "another user's process"
+        pid = next((c.pid for c in listens(psutil.net_connections("tcp")) if c.pid), None)
+        if pid is None:
+            return "another user's process"
+        process = psutil.Process(pid)
+        with contextlib.suppress(psutil.AccessDenied):  # another user's process did not start one that holds it
+            while (parent := process.parent()) is not None and listens(parent.net_connections("tcp")):
+                process = parent  # a server's children have the port from it
+        command = " ".join(process.cmdline())
+        return f"process {process.pid} ({command[:_WITHIN]}{'...' if len(command) > _WITHIN else ''})"
+    except psutil.Error:  # not ours to look at, or gone meanwhile
+        return "another process"

@@ -8,12 +8,13 @@ Any option of the engine is a keyword, under its name with underscores: LLM("dem
 """
 
 import asyncio
+import operator
 import sys
 import time
 import uuid
 import weakref
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, {"prompt": text} or {"prompt_token_ids": ids}
 Messages = Sequence[Mapping[str, Any]]
+_PROMPT = "a prompt is text, token ids, or a dict with 'prompt' or 'prompt_token_ids'"
 _AHEAD = 2  # sequences submitted per sequence that may run: the scheduler always has one to admit
 
 
@@ -89,6 +91,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """The answers to one conversation or several. `template`: add_generation_prompt, continue_final_message,
         template_kwargs, as in frontend.chat_template.ChatOptions. An answer may be as long as the context allows."""
+        if not isinstance(messages, Sequence):
+            raise RequestError(f"messages must be a list of dicts with role and content, got {messages!r:.80}")
         given = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         params = _params_of_each(sampling_params, len(given), self._defaults(max_tokens=None))
         encode = self._engine.generator.tokenizer.encode_chat
@@ -167,7 +171,7 @@ class AsyncLLM:
         await self.ready()
         params = sampling_params or check(dict(self._engine.generator.client.model.default_sampling))
         async for output in self._stream(
-            _ids_or_text(prompt), params.checked(), request_id or uuid.uuid4().hex, priority
+            _ids_or_text(prompt), _checked(params), request_id or uuid.uuid4().hex, priority
         ):
             yield output
 
@@ -183,10 +187,10 @@ class AsyncLLM:
         """As `generate`, for a conversation; `template` as in LLM.chat."""
         await self.ready()
         generator = self._engine.generator
-        params = sampling_params or check({**generator.client.model.default_sampling, "max_tokens": None})
+        params = _checked(sampling_params or check({**generator.client.model.default_sampling, "max_tokens": None}))
         encoding = self._engine.start(generator.tokenizer.encode_chat(messages, _chat_options(template)))
         ids = await asyncio.wrap_future(encoding)
-        async for output in self._stream(ids, params.checked(), request_id or uuid.uuid4().hex, priority):
+        async for output in self._stream(ids, params, request_id or uuid.uuid4().hex, priority):
             yield output
 
     async def close(self) -> None:
@@ -260,36 +264,53 @@ def _configuration(model: str, options: Mapping[str, Any]) -> EngineConfig:
     return from_keywords({"log_level": "warning", **options, "model": model})
 
 
-def _prompts(prompts: Any) -> list[Prompt]:
+def _prompts(prompts: Any) -> list[Any]:
     """One prompt in any form is a list of one. A list of integers is one prompt, of token ids."""
-    if isinstance(prompts, str | Mapping) or (prompts and all(isinstance(item, int) for item in prompts)):
+    if isinstance(prompts, str | Mapping):
         return [prompts]
-    return list(prompts)
+    if not isinstance(prompts, Iterable):
+        raise RequestError(f"{_PROMPT}, or a list of these; got {prompts!r:.80}", param="prompt")
+    given = list(prompts)
+    return [given] if given and all(isinstance(item, int) for item in given) else given
 
 
-def _ids_or_text(prompt: Prompt) -> str | Sequence[int]:
-    if not isinstance(prompt, Mapping):
-        return prompt
-    match dict(prompt):
+def _ids_or_text(prompt: Any) -> str | list[int]:
+    match prompt:
+        case str():
+            return prompt
         case {"prompt_token_ids": ids}:
-            return list(ids)
+            return _ids(ids)
         case {"prompt": str(text)}:
             return text
-    raise RequestError(
-        f"a prompt is text, token ids, or a dict with 'prompt' or 'prompt_token_ids'; this one has {', '.join(prompt) or 'no keys'}"
-    )
+        case Mapping():
+            named = ", ".join(map(str, prompt)) or "no keys"
+            raise RequestError(f"{_PROMPT}; this one has {named:.80}", param="prompt")
+    return _ids(prompt)
 
 
-def _params_of_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int, default: SamplingParams
-) -> list[SamplingParams]:
+def _ids(values: Any) -> list[int]:
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise RequestError(f"{_PROMPT}, got {values!r:.80}", param="prompt") from None
+
+
+def _params_of_each(params: Any, count: int, default: SamplingParams) -> list[SamplingParams]:
     if params is None:
         return [default] * count
-    if isinstance(params, SamplingParams):
-        return [params.checked()] * count
+    if not isinstance(params, list | tuple):
+        return [_checked(params)] * count
     if len(params) != count:
         raise RequestError(f"there are {count} prompts, but {len(params)} sampling_params", param="sampling_params")
-    return [one.checked() for one in params]
+    return [_checked(one) for one in params]
+
+
+def _checked(params: Any) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise RequestError(
+            f"sampling_params must be a SamplingParams or a list of them, got {params!r:.80}", param="sampling_params"
+        )
+    return params.checked()
 
 
 def _chat_options(template: Mapping[str, Any]) -> Any:

@@ -23,7 +23,7 @@ from ..common.model_info import model_path
 from ..frontend.engine_client import EngineClient
 from ..frontend.generator import Generator
 from ..frontend.tokenizer import Tokenizer
-from .checks import check_model
+from .checks import check_model, check_text_files
 from .children import COMPANY_S, Child, Children, Exit, address_of, downloads, engine
 from .run_directory import run_directory
 
@@ -42,6 +42,7 @@ class LocalEngine:
 
     def __init__(self, config: EngineConfig, show: Callable[[Status], None] = lambda _: None) -> None:
         self.ready: Future[None] = Future()
+        self.ready.set_running_or_notify_cancel()  # many may wait for it, and none of them may cancel it
         self.generator: Generator  # set when ready
         self._config = config
         self._show = show
@@ -99,17 +100,18 @@ class LocalEngine:
 
     async def _main(self) -> None:
         with run_directory() as run_dir, contextlib.closing(Children(on_output=self._listen)) as children:
+            check_text_files(self._config)
             for download in downloads(self._config):
                 children.start([download])
                 await self._unless_one_ends(children, self._nothing_runs(children), expected=download)
-            check_model(self._config.model)
+            info = check_model(self._config.model)
             children.start(engine(self._config, run_dir))
-            await self._serve(children, address_of(run_dir))
+            await self._serve(children, address_of(run_dir), info.max_model_len)
 
-    async def _serve(self, children: Children, address: str) -> None:
+    async def _serve(self, children: Children, address: str, max_model_len: int) -> None:
         async with EngineClient(address) as client:
             try:
-                await self._unless_one_ends(children, self._become_ready(client))
+                await self._unless_one_ends(children, self._become_ready(client, max_model_len))
                 self.ready.set_result(None)
                 await self._unless_one_ends(children, self._until_the_end(client))
             except QuireError as error:
@@ -118,11 +120,11 @@ class LocalEngine:
             finally:
                 children.stop(GRACE_S)  # before the client closes, which the scheduler would report as a loss
 
-    async def _become_ready(self, client: EngineClient) -> None:
+    async def _become_ready(self, client: EngineClient, max_model_len: int) -> None:
         server, model = self._config.server, self._config.model
         path = Path(model.tokenizer).expanduser() if model.tokenizer else model_path(model.model)
-        template = Path(server.chat_template) if server.chat_template else None
-        loading = asyncio.to_thread(Tokenizer.load, path, chat_template=template)
+        template = Path(server.chat_template).expanduser() if server.chat_template else None
+        loading = asyncio.to_thread(Tokenizer.load, path, chat_template=template, max_model_len=max_model_len)
         shown = asyncio.create_task(self._show_progress(client))
         try:
             tokenizer, _ = await asyncio.gather(loading, client.wait_ready())

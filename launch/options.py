@@ -142,10 +142,10 @@ def parse_value(option: Option, text: str, source: str) -> Any:
     """One value of `option` from text. `source` is named when the text cannot be read. Raises ConfigError."""
     if option.choices and text not in option.choices:
         known = ", ".join(option.choices)
-        raise ConfigError(f"{source}: {text!r} is not one of {known}.{nearest(text, option.choices)}")
+        raise ConfigError(f"{source}: {text!r:.80} is not one of {known}.{nearest(text, option.choices)}")
     if option.kind is bool:
         if text.lower() not in BOOLEANS:
-            raise ConfigError(f"{source}: expected true or false, got {text!r}")
+            raise ConfigError(f"{source}: expected true or false, got {text!r:.80}")
         return BOOLEANS[text.lower()]
     if option.kind is str:
         return text
@@ -158,7 +158,7 @@ def parse_value(option: Option, text: str, source: str) -> Any:
             if "://" in text and source.startswith(ENV_PREFIX)
             else ""
         )
-        raise ConfigError(f"{source}: expected {number}, got {text!r}.{hint}") from None
+        raise ConfigError(f"{source}: expected {number}, got {text!r:.80}.{hint}") from None
 
 
 # --- the four sources -------------------------------------------------------------------------------------------------
@@ -225,6 +225,17 @@ def resolve(flags: Mapping[str, Any], *, environ: Mapping[str, str], file: Path 
     return build((from_yaml(file) if file else {}) | from_environment(environ) | given)
 
 
+def value_of(option: Option, flag: Any, environ: Mapping[str, str]) -> Any:
+    """One option alone, checked as in a whole configuration; `flag` is what the command line says, None for nothing.
+
+    Raises ConfigError.
+    """
+    given = from_environment({option.env: environ.get(option.env, "")})
+    if flag is not None:
+        given[option.name] = (option.flag, _flag_value(option, flag))
+    return getattr(getattr(build(given), option.group), option.name) if given else option.default
+
+
 def _flag_value(option: Option, value: Any) -> Any:
     if option.several:
         return [parse_value(option, text, option.flag) for text in value]
@@ -272,7 +283,7 @@ def _explained(problem: str, values: Mapping[str, tuple[str, Any]]) -> ConfigErr
         reason = f"must be one of {', '.join(BY_NAME[name].choices)}"
     else:
         reason = f"expected {_KINDS[BY_NAME[name].kind]}{' or a list of it' if BY_NAME[name].several else ''}"
-    return ConfigError(f"{source}: {reason}, got {value!r}")
+    return ConfigError(f"{source}: {reason}, got {value!r:.80}")
 
 
 def likely_typos(environ: Mapping[str, str]) -> list[str]:
@@ -310,7 +321,9 @@ def to_flags(config: EngineConfig) -> list[str]:
 
 def to_yaml(config: EngineConfig) -> str:
     """Every option by group, readable by --config."""
-    text: str = yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(
+        msgspec.to_builtins(config), sort_keys=False
+    )  # in ASCII: YAML takes some other line ends for spaces
     return text
 
 

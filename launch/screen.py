@@ -16,14 +16,13 @@ class Screen:
 
     def read(self) -> str | None:
         """A line of the user's, or None at the end."""
+        if not self.interactive:
+            return sys.stdin.readline() or None
         try:
-            return input("\n> ") if self.interactive else self._piped()
-        except (EOFError, KeyboardInterrupt):
+            return input("\n> ")
+        except EOFError:
             print()
             return None
-
-    def _piped(self) -> str | None:
-        return sys.stdin.readline() or None
 
     def write(self, text: str) -> None:
         """A piece of an answer."""

@@ -1,14 +1,13 @@
 """POST /v1/chat/completions"""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ...common.errors import RequestError
-from ...common.sampling import SamplingParams
 from ..outputs import CompletionOutput
 from ..service import Service
 from ..sse import event, started, while_connected
@@ -29,9 +28,10 @@ async def create_chat_completion(request: Request) -> Response:
     check_stream_options(body)
     model = service.check_model(body.model)
     headers = warnings(body, strict=service.client.config.server.strict_fields)
-    params = _sampling_of(body, service)
-    prompt = await generator.tokenizer.encode_chat(messages_of(body), chat_options_of(body))
-    generator.resolve(prompt, params, param="messages")
+    with _limit_named_as_sent(body):
+        params = sampling_of(body, service.client.model.default_sampling, max_tokens=None)
+        prompt = await generator.tokenizer.encode_chat(messages_of(body), chat_options_of(body))
+        generator.resolve(prompt, params, param="messages")
     job = Job(generator, request_id(request, "chatcmpl"), model, [prompt], params, routing_of(request, body))
     if body.stream:
         return await started(request, _events(job, job.deltas(), body.stream_options), headers)
@@ -43,13 +43,14 @@ async def create_chat_completion(request: Request) -> Response:
     return json_answer(ChatCompletion(job.id, job.created, job.model, choices, usage_of(outputs)), headers)
 
 
-def _sampling_of(body: ChatRequest, service: Service) -> SamplingParams:
+@contextmanager
+def _limit_named_as_sent(body: ChatRequest) -> Iterator[None]:
     """`max_completion_tokens` is the newer name of `max_tokens`; without either an answer may fill the context."""
     newer = body.max_completion_tokens
     if newer is not None:
         body.max_tokens = newer
     try:
-        return sampling_of(body, service.client.model.default_sampling, max_tokens=None)
+        yield
     except RequestError as error:
         if newer is not None and error.param == "max_tokens":
             error.param, error.message = (

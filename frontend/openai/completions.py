@@ -41,6 +41,8 @@ async def create_completion(request: Request) -> Response:
     params = sampling_of(body, service.client.model.default_sampling, max_tokens=DEFAULT_MAX_TOKENS)
     given = prompts_of(body.prompt, params)
     prompts = await _encoded(given, generator.tokenizer, add_special_tokens=body.add_special_tokens)
+    for prompt in prompts:
+        generator.resolve(prompt, params)
     echoed = await _texts(given, generator.tokenizer) if body.echo else [""] * len(prompts)
     job = Job(generator, request_id(request, "cmpl"), model, prompts, params, routing_of(request, body))
     deltas = _nothing_generated(job) if echo_only else job.deltas()
@@ -53,16 +55,15 @@ async def create_completion(request: Request) -> Response:
 
 def prompts_of(prompt: Any, params: SamplingParams) -> list[str] | list[list[int]]:
     """Every shape a prompt may have as a list of prompts; raises RequestError for any other."""
-    is_one = isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(_is_id(item) for item in prompt))
-    prompts = [prompt] if is_one or not isinstance(prompt, list) else prompt
+    prompts = [prompt] if not isinstance(prompt, list) or (prompt and _are_ids(prompt)) else prompt
+    if len(prompts) > MAX_PROMPTS:
+        raise RequestError(f"prompt may hold {MAX_PROMPTS} prompts at most, got {len(prompts)}", param="prompt")
     is_text = all(isinstance(item, str) for item in prompts)
-    is_ids = all(isinstance(item, list) and all(_is_id(i) for i in item) for item in prompts)
+    is_ids = all(isinstance(item, list) and _are_ids(item) for item in prompts)
     if not prompts or not (is_text or is_ids):
         raise RequestError(
             "prompt must be a string, a list of token ids, or a list of either, and not empty", param="prompt"
         )
-    if len(prompts) > MAX_PROMPTS:
-        raise RequestError(f"prompt may hold {MAX_PROMPTS} prompts at most, got {len(prompts)}", param="prompt")
     if len(prompts) * params.n > MAX_SEQUENCES:
         raise RequestError(
             f"prompts times n may be {MAX_SEQUENCES} at most, got {len(prompts)} x {params.n}", param="n"
@@ -70,8 +71,8 @@ def prompts_of(prompt: Any, params: SamplingParams) -> list[str] | list[list[int
     return prompts
 
 
-def _is_id(value: Any) -> bool:
-    return type(value) is int  # bool is an int to isinstance
+def _are_ids(values: list[Any]) -> bool:
+    return set(map(type, values)) <= {int}  # bool is an int to isinstance
 
 
 async def _encoded(
@@ -88,9 +89,8 @@ async def _texts(prompts: list[str] | list[list[int]], tokenizer: Tokenizer) -> 
 
 
 async def _nothing_generated(job: Job) -> Deltas:
-    """Ends each choice at once; the prompts are checked as for any other request."""
+    """Ends each choice at once."""
     for index, prompt in enumerate(job.prompts):
-        job.generator.resolve(prompt, job.params)
         outputs = [CompletionOutput(choice, "", [], "length") for choice in range(job.params.n)]
         yield index, RequestOutput(job.id, None, list(prompt), outputs, finished=True)
 

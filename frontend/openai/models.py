@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter
 from msgspec import Struct
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -38,6 +39,8 @@ async def show_model(request: Request, name: str) -> Response:
     """One of them; a name may hold slashes."""
     service: Service = request.app.state.service
     service.require()
+    if not name:
+        raise HTTPException(404)
     return json_answer(_card(service, service.check_model(name)))
 
 

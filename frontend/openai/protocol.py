@@ -1,16 +1,18 @@
 """The bodies of requests: names and types only. Ranges of sampling parameters are `common.sampling`'s.
 
-Fields are strict (no number from a string), may be null where that means "default", and unknown ones are kept, so that
-they can be named to the client.
+Fields are strict (no number from a string), null means the default, and unknown ones are kept, so that they can be
+named to the client.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from ...common.model_info import ENDLESS
 
 MAX_SALT = 1024
 MAX_NAME = 256
-
+MAX_ITEMS = 4096  # messages, and parts of one: a body of millions would hold up everybody else's requests
 
 _ID_SCHEMA = {"type": "integer", "minimum": 0}
 PROMPT_SCHEMA = {
@@ -30,6 +32,11 @@ def described(body: type["Body"]) -> dict[str, Any]:
 
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        return {name: value for name, value in fields.items() if value is not None} if type(fields) is dict else fields
 
 
 class StreamOptions(Body):
@@ -81,14 +88,14 @@ class ContentPart(Body):
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_ITEMS)] | None = None
     name: str | None = Field(default=None, max_length=MAX_NAME)
 
 
 class ChatInput(Body):
     """Messages and how the template turns them into a prompt."""
 
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], Field(max_length=MAX_ITEMS)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -121,7 +128,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(max_length=ENDLESS)]
 
 
 # Fields that exist elsewhere and not here, with the values that ask for nothing. Any other value is refused: a client
@@ -164,13 +171,4 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
-}
-
-# The same for messages. Clients send their own answers back as they got them, nulls and all.
-UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "refusal": (),
-    "tool_calls": ([],),
 }

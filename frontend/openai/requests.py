@@ -10,9 +10,10 @@ from starlette.requests import Request
 
 from ...common.errors import RequestError
 from ...common.sampling import SamplingParams, check
+from .. import messages
 from ..chat_template import ChatOptions
 from ..streams import Routing
-from .protocol import UNSUPPORTED, UNSUPPORTED_IN_MESSAGE, Body, ChatInput, ChatMessage, ContentPart, GenerationRequest
+from .protocol import UNSUPPORTED, Body, ChatInput, GenerationRequest
 
 B = TypeVar("B", bound=Body)
 MAX_NAMED = 10  # unknown fields that a warning names
@@ -32,7 +33,7 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise RequestError(f"the Content-Type must be application/json, got {kind[:80] or 'none'}")
     content = await request.body()
     try:
-        value = json.loads(content, parse_constant=_refuse_constant)
+        value = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
         if b"\\ud" in content.lower():  # half of a surrogate pair is a str to Python and no text to anybody
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -52,7 +53,7 @@ def validated(fields: Mapping[str, Any], body_type: type[B]) -> B:
     except pydantic.ValidationError as error:
         raise _explained(error) from None
     for name, value, path, unused in _extras(body):
-        if name in unused and not _is_unused(value, unused[name]):
+        if name in unused and not messages.asks_for_nothing(value, unused[name]):
             raise RequestError(f"{path} is not supported by this server; leave it out", param=path)
     return body
 
@@ -78,8 +79,6 @@ def sampling_of(
 ) -> SamplingParams:
     """The request's parameters over the model's recommended `defaults`; `max_tokens` where neither is set."""
     asked = {name: value for name in SamplingParams.__struct_fields__ if (value := getattr(body, name)) is not None}
-    if isinstance(asked.get("stop"), str):
-        asked["stop"] = [asked["stop"]]
     return check({"max_tokens": max_tokens, **defaults, **asked})
 
 
@@ -96,8 +95,8 @@ def routing_of(request: Request, body: GenerationRequest) -> Routing:
 
 
 def messages_of(body: ChatInput) -> list[dict[str, Any]]:
-    """The messages as templates expect them: content as one string."""
-    return [_plain_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
+    """The messages as they were sent; `Tokenizer.encode_chat` checks what they hold."""
+    return [message.model_dump() for message in body.messages]
 
 
 def chat_options_of(body: ChatInput) -> ChatOptions:
@@ -114,22 +113,6 @@ def chat_options_of(body: ChatInput) -> ChatOptions:
     )
 
 
-def _plain_message(message: ChatMessage, path: str) -> dict[str, Any]:
-    content = message.content
-    if content is None and message.role != "assistant":
-        raise RequestError(f"{path}.content must be a string or a list of parts", param=f"{path}.content")
-    if isinstance(content, list):
-        content = "\n".join(_text(part, f"{path}.content[{i}]") for i, part in enumerate(content))
-    plain = {**(message.model_extra or {}), "role": message.role, "content": content or "", "name": message.name}
-    return {name: value for name, value in plain.items() if value is not None and name not in UNSUPPORTED_IN_MESSAGE}
-
-
-def _text(part: ContentPart, path: str) -> str:
-    if part.type != "text" or part.text is None:
-        raise RequestError(f"{path}: this model reads text only, got a part of type {part.type[:40]!r}", param=path)
-    return part.text
-
-
 def _extras(body: Body) -> Iterator[tuple[str, Any, str, Mapping[str, tuple[object, ...]]]]:
     """Fields of a body that its type does not declare: name, value, path, and what is unsupported at that place."""
     for name, value in (body.model_extra or {}).items():
@@ -140,11 +123,7 @@ def _extras(body: Body) -> Iterator[tuple[str, Any, str, Mapping[str, tuple[obje
     if isinstance(body, ChatInput):
         for i, message in enumerate(body.messages):
             for name, value in (message.model_extra or {}).items():
-                yield name, value, f"messages[{i}].{name}", UNSUPPORTED_IN_MESSAGE
-
-
-def _is_unused(value: Any, unused: tuple[object, ...]) -> bool:
-    return value is None or any(type(value) is type(harmless) and value == harmless for harmless in unused)
+                yield name, value, f"messages[{i}].{name}", messages.UNSUPPORTED
 
 
 def _explained(error: pydantic.ValidationError) -> RequestError:

@@ -34,6 +34,38 @@ def test_an_exception_in_a_route_is_500_without_internals() -> None:
     assert "secret" not in answer.text and "0x" not in answer.text and answer.headers["x-request-id"]
 
 
+def test_a_client_that_goes_away_while_it_sends_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    class Ready(Service):
+        def __init__(self) -> None:
+            pass
+
+        def require(self) -> None:  # type: ignore[override]
+            return None
+
+    async def main() -> list[Message]:
+        messages: list[Message] = [
+            {"type": "http.request", "body": b"{", "more_body": True},
+            {"type": "http.disconnect"},
+        ]
+        sent: list[Message] = []
+
+        async def receive() -> Message:
+            return messages.pop(0)
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+        }  # fmt: skip
+        await App(Ready())(scope, receive, send)
+        return sent
+
+    assert asyncio.run(main())[0]["status"] == 499
+    assert not caplog.records
+
+
 def test_an_exception_in_a_stream_is_its_last_event(caplog: pytest.LogCaptureFixture) -> None:
     closed = []
 

@@ -137,13 +137,35 @@ def test_unknown_fields_are_named(url: str, engine: FakeScheduler) -> None:
         [1.5],
         {},
         [[-1]],
+        [-1],
         [10**6],
+        [10**80],
         [2**70],
         ["a"] * 1025,
     ],
 )
 def test_prompts(url: str, engine: FakeScheduler, prompt: Any) -> None:
-    assert_refused(post(url, "/v1/completions", {"model": "tiny", "prompt": prompt}), "prompt")
+    for echo in (False, True):
+        assert_refused(post(url, "/v1/completions", {"model": "tiny", "prompt": prompt, "echo": echo}), "prompt")
+
+
+@pytest.mark.parametrize("item", [{"role": "user", "content": "a"}, {"role": "user", "content": ""}])
+def test_lists_of_many_items_name_the_limit(url: str, engine: FakeScheduler, item: dict[str, str]) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": ""}] * 5000}]
+    for messages in ([item] * 5000, parts):
+        assert "4096" in assert_refused(post(url, "/v1/chat/completions", {"messages": messages}), "messages")
+    assert "1048576" in assert_refused(post(url, "/detokenize", {"tokens": [5] * (1 << 20) + [5]}), "tokens")
+    assert "512" in assert_refused(
+        post(url, "/tokenize", {"prompt": "7" * 600, "return_token_strs": True}), "return_token_strs"
+    )
+
+
+def test_nulls_are_defaults(url: str, engine: FakeScheduler) -> None:
+    for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT), ("/tokenize", COMPLETION)):
+        names = http.get(f"{url}/openapi.json").json()["paths"][path]["post"]["requestBody"]["content"]
+        optional = names["application/json"]["schema"]["properties"].keys() - body.keys()
+        answer = post(url, path, {**dict.fromkeys(optional), **body})
+        assert answer.status_code == 200, answer.text
 
 
 def test_prompts_times_n(url: str, engine: FakeScheduler) -> None:
@@ -174,15 +196,17 @@ def test_a_prompt_longer_than_the_context(url: str, engine: FakeScheduler) -> No
     for path, body, param in (
         ("/v1/completions", {"prompt": [5] * 600}, "prompt"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "7" * 600}]}, "messages"),
+        ("/v1/completions", {"prompt": "7" * 600_000}, "prompt"),  # known without tokenizing
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "7" * 600_000}]}, "messages"),
     ):
         message = assert_refused(post(url, path, body), param, "context_length_exceeded")
         assert "512" in message and " 6" in message
 
 
 def test_a_newer_name_is_named_as_it_was_sent(url: str, engine: FakeScheduler) -> None:
-    assert "max_completion_tokens" in assert_refused(
-        post(url, "/v1/chat/completions", {**CHAT, "max_completion_tokens": 0}), "max_completion_tokens"
-    )
+    for value in (0, 513):
+        answer = post(url, "/v1/chat/completions", {**CHAT, "max_completion_tokens": value})
+        assert "max_completion_tokens" in assert_refused(answer, "max_completion_tokens")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +214,7 @@ def test_a_newer_name_is_named_as_it_was_sent(url: str, engine: FakeScheduler) -
     [
         *(b"", b"{", b"nonsense", b"[]", b"5", b'"a"', b"null", b"\xff\xfe{}", b'{"prompt": "\xff"}', b'{"prompt": "a",}'),
         *(b"[" * 100_000, b'{"a":' * 100_000, b'{"prompt": "\\ud800"}', b'{"prompt": "a", "user": "\\uDFFF"}', b'{"seed": ' + b"9" * 10_000 + b"}"),
+        *(b'{"prompt": "\xed\xa0\x80"}', '{"prompt": "a"}'.encode("utf-16"), '{"prompt": "\\ud800"}'.encode("utf-16"), '{"a": 1}'.encode("utf-32-le")),
     ],
 )  # fmt: skip
 def test_bodies_that_are_no_json_object(url: str, engine: FakeScheduler, content: bytes) -> None:
@@ -219,7 +244,9 @@ def test_unknown_model_and_path_and_method(url: str, engine: FakeScheduler) -> N
             and error.json()["error"]["code"] == "model_not_found"
             and error.json()["error"]["param"] == "model"
         )
-    assert http.get(f"{url}/v2/x").json()["error"]["code"] == "not_found"
+    for path in ("/v2/x", "/v1/models/"):
+        missing = http.get(url + path)
+        assert missing.status_code == 404 and missing.json()["error"]["code"] == "not_found"
     wrong = http.get(f"{url}/v1/completions")
     assert (
         wrong.status_code == 405

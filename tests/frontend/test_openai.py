@@ -66,10 +66,13 @@ def test_prompt_shapes_and_choices(client: OpenAI, lenient: OpenAI, tokenizer: T
     assert [c.index for c in answer.choices] == list(range(len(texts)))
     assert answer.usage.prompt_tokens == sum(map(len, encoded)) and answer.usage.completion_tokens == 9 * len(texts)
     streamed = dict.fromkeys(range(len(texts)), "")
+    reasons: dict[int, list[str | None]] = {index: [] for index in streamed}
     for chunk in lenient.completions.create(model="tiny", prompt=prompt, max_tokens=9, n=2, seed=3, stream=True):
         for choice in chunk.choices:
             streamed[choice.index] += choice.text
+            reasons[choice.index].append(choice.finish_reason)
     assert list(streamed.values()) == texts
+    assert all(set(given[:-1]) <= {None} and given[-1] == "length" for given in reasons.values())
 
 
 def test_echo(client: OpenAI, lenient: OpenAI, tokenizer: Tokenizer, expected) -> None:
@@ -260,6 +263,7 @@ def test_tokenize_and_back(url: str, tokenizer: Tokenizer) -> None:
 
 
 def test_probes_metrics_version(url: str, engine: FakeScheduler) -> None:
-    assert http.get(f"{url}/health").status_code == http.get(f"{url}/ready").status_code == 200
+    for path in ("/health", "/ready"):
+        assert http.get(url + path).status_code == http.head(url + path).status_code == 200
     assert http.get(f"{url}/metrics").text == "quire:fake 1\n"
     assert http.get(f"{url}/version").json()["version"]

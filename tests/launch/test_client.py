@@ -1,14 +1,21 @@
 """`quire chat` and `quire complete`, against a server of a few lines that repeats what it was asked."""
 
+import contextlib
 import json
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+
+from quire.common.errors import ConfigError
+from quire.launch.client import Client
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -28,6 +35,13 @@ class Echo(BaseHTTPRequestHandler):
         asked = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         if self.headers["Authorization"] != "Bearer sesame":
             self._answer(401, {"error": {"message": "no key"}})
+        elif asked == "endless":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self._event({"choices": [{"delta": {"content": "on "}, "text": "on "}]})
+                    time.sleep(0.01)
         elif asked == "bad":
             self._answer(400, {"error": {"message": "that is bad"}})
         else:
@@ -63,10 +77,10 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 
 def quire(
-    server: ThreadingHTTPServer, *words: str, typed: str = "", key: str = "sesame"
+    server: ThreadingHTTPServer, *words: str, typed: str = "", key: str = "sesame", url: str = ""
 ) -> subprocess.CompletedProcess[str]:
     command, *options = words
-    url = f"--url=http://127.0.0.1:{server.server_port}/v1"
+    url = f"--url={url or f'http://127.0.0.1:{server.server_port}/v1'}"
     line = [sys.executable, "-m", "quire.launch.cli", command, *options, url, f"--api-key={key}"]
     return subprocess.run(line, input=typed, capture_output=True, text=True, timeout=30, check=False)
 
@@ -116,3 +130,50 @@ def test_complete_takes_its_text_from_the_command_or_a_pipe(server: ThreadingHTT
     assert result.stdout.startswith("0 from a pipe")
     assert result.returncode == 0
     assert quire(server, "complete", "bad").returncode == 1
+
+
+def test_an_address_needs_no_scheme(server: ThreadingHTTPServer) -> None:
+    result = quire(server, "chat", "-q", "hello", url=f"127.0.0.1:{server.server_port}")
+    assert result.stdout.startswith("1 hello")
+
+
+def test_a_server_that_does_not_answer_is_told_from_none() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"{url} does not answer"):
+            Client(url, timeout_s=0.2).first_model()
+    with pytest.raises(ConfigError, match=f"no server at {url}"):
+        Client(url, timeout_s=0.2).first_model()
+
+
+@pytest.mark.parametrize("command", [["chat", "-q", "endless"], ["chat"], ["complete", "endless"]])
+@pytest.mark.parametrize("how", ["Ctrl-C", "the reader leaves"])
+def test_a_pipe_ends_quietly(server: ThreadingHTTPServer, command: list[str], how: str) -> None:
+    url = f"--url=http://127.0.0.1:{server.server_port}"
+    line = [sys.executable, "-m", "quire.launch.cli", *command, url, "--api-key=sesame"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write("endless\nendless\n")
+        process.stdin.flush()
+        assert process.stdout.read(3) == "on "
+        if how == "Ctrl-C":
+            process.send_signal(signal.SIGINT)
+            rest = threading.Thread(target=process.stdout.read)
+            rest.start()
+        else:
+            process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(10) == (130 if how == "Ctrl-C" else 141)
+        assert "Traceback" not in said
+        assert "Error" not in said
+
+
+def test_ctrl_c_at_the_prompt_of_a_pipe_ends_it(server: ThreadingHTTPServer) -> None:
+    line = [sys.executable, "-m", "quire.launch.cli", "chat", f"--url=http://127.0.0.1:{server.server_port}"]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        assert "/help" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert process.stderr.read() == ""

@@ -114,7 +114,17 @@ def test_the_first_source_wins(tmp_path: Path) -> None:
 
 
 def test_vllm_spellings_are_taken() -> None:
-    config = parse("-tp", "2", "--kv_cache_memory_bytes", "1GiB", "--served-model-name", "a", "b", "--max_model_len=8k")
+    config = parse(
+        "-tp",
+        "2",
+        "--kv_cache_memory_bytes",
+        "1GiB",
+        "--served-model-name",
+        "a",
+        "--max_model_len=8k",
+        "--served-model-name",
+        "b",
+    )
     assert config == from_keywords(
         {"tp": 2, "kv_cache_memory": 2**30, "served_model_name": ["a", "b"], "max_model_len": 8000}
     )
@@ -202,6 +212,24 @@ def test_a_wrong_variable_is_told_by_its_name() -> None:
         if "QUIRE_MAX_MODEL_LEN?" in line
     ]
     assert len(likely_typos({"QUIRE_MAX_MODEL_LENGTH": "3", "QUIRE_SERVICE_HOST": "x"})) == 1
+
+
+def test_an_option_with_several_values_leaves_words_behind_it_alone() -> None:
+    parser = Parser("serve.py", "")
+    parser.add_argument("positional", nargs="?")
+    add_options(parser)
+    values = parser.read(["--api-key", "one", "./my-model", "--api-key=two"])
+    assert values.positional == "./my-model"
+    assert configuration(values, {}) == from_keywords({"api_key": ["one", "two"]})
+    assert configuration(parser.read([]), {"QUIRE_API_KEY": "one,two"}) == from_keywords({"api_key": ["one", "two"]})
+    assert "May be repeated." in parser.format_help()
+
+
+@pytest.mark.parametrize("argv", [["--port", "x" * 500], ["--dtype", "x" * 500], ["--no", "x" * 500]])
+def test_long_values_are_not_repeated_at_length(argv: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(*argv)
+    assert len(str(error.value)) < 300
 
 
 def test_a_wrong_keyword_is_told_with_the_nearest() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from quire.common.errors import EXIT_CONFIG
+from quire.common.errors import EXIT_CONFIG, ConfigError
+from quire.launch.listen import inherited, listen
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 SCRIPTS = ("serve.py", "frontend.py", "scheduler.py", "worker.py")
@@ -96,10 +97,53 @@ def test_a_model_without_weights_is_refused(tmp_path: Path, checkpoint: Callable
 
 def test_two_models_are_refused() -> None:
     assert_told(run("serve.py", "a", "--model", "b"), "two models", "a", "b")
+    assert_told(run("serve.py", "a", "b"), "'b'", "one MODEL only")
 
 
 def test_rank_comes_from_torchrun() -> None:
     assert_told(run("worker.py", RANK="x"), "RANK", "'x'")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["worker.py", "--rank", "-1"], ["--rank"]),
+        (["worker.py", "--device", "gpu"], ["--device", "'gpu'", "cpu"]),
+        (["worker.py", "--log-level", "loud"], ["--log-level", "'loud'", "info"]),
+        (["frontend.py", "--port", "65536"], ["--port", "at most 65535", "65536"]),
+        (["frontend.py", "--port", "http"], ["--port", "'http'"]),
+        (["frontend.py", "--fd", "99"], ["--fd 99"]),
+        (["frontend.py", "--fd", "-1"], ["--fd -1"]),
+        (["frontend.py", "--port", "0", "--scheduler", "tcp://127.0.0.1:70000"], ["70000", "65535"]),
+        (["scheduler.py", "--listen", "tcp://127.0.0.1:65535"], ["65535", "65534"]),
+        (["serve.py", "--port", "0", "--tokenizer", "/nowhere"], ["--tokenizer /nowhere", "tokenizer.json"]),
+        (["serve.py", "--port", "0", "--chat-template", "/nowhere"], ["--chat-template /nowhere", "no such file"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_values_are_told_by_the_scripts(words: list[str], said: list[str]) -> None:
+    result = run(*words)
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if " INFO " not in line]
+    assert result.returncode == EXIT_CONFIG
+    assert len(lines) == 1
+    assert all(part in lines[0] for part in said), lines
+
+
+def test_a_socket_that_does_not_listen_is_refused() -> None:
+    with socket.socket() as sock, pytest.raises(ConfigError, match="does not listen"):
+        inherited(os.dup(sock.fileno()))
+
+
+def test_a_port_that_is_shared_is_held_by_the_parent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        sleep = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+        child = subprocess.Popen(sleep, stdin=subprocess.PIPE, pass_fds=[holder.fileno()])
+        try:
+            with pytest.raises(ConfigError, match=f"by process {os.getpid()} "):
+                listen("127.0.0.1", holder.getsockname()[1])
+        finally:
+            child.communicate()
 
 
 def test_a_model_that_cannot_be_downloaded_is_told_with_the_way_out() -> None:

@@ -127,7 +127,13 @@ def test_a_part_that_is_killed_is_named_and_ends_all(
     start: Callable[..., Server], port: int, checkpoint: Callable[[str], Path], part: str
 ) -> None:
     server = start("serve.py", str(checkpoint("llama")), "--port", str(port), *SMALL).ready(port)
-    server.part(part).kill()
+    body = {"prompt": "hello", "max_tokens": 200, "n": 8, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=30) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data:")
+        server.part(part).kill()
+        if part == "worker":
+            assert "worker 0 is gone" in "".join(lines)
     assert server.end() == EXIT_FATAL
     assert f"{part}{' 0' if part == 'worker' else ''} was killed by signal 9 (SIGKILL)" in server.err.read_text()
     server.assert_nothing_is_left()
@@ -166,6 +172,7 @@ def test_each_part_by_itself_serves_the_same(
         start("scheduler.py", "--model", model, *SMALL, "--listen", address),
     ]
     parts[1].ready(port)
+    assert f"listening on http://127.0.0.1:{port}, waiting for the scheduler at {address}" in parts[1].err.read_text()
     apart = complete(port, 16).json()["choices"][0]["text"]
     for part in parts:
         part.process.send_signal(signal.SIGTERM)
