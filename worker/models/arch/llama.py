@@ -8,7 +8,9 @@ from ..spec import Decoder, Layer
 
 
 def build(config: ModelFile) -> Decoder:
-    for kind in config.names("layer_types"):  # of a relative, then; `sliding_window` alone is ignored as in transformers
+    for kind in config.names(
+        "layer_types"
+    ):  # of a relative, then; `sliding_window` alone is ignored as in transformers
         if kind != "full_attention":
             raise config.refusal("layer_types", kind, known=["full_attention"])
     return llama(config, full_attention(config))
