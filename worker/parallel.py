@@ -82,17 +82,24 @@ class Group:
             self._exchange("broadcast", [x])
         return x
 
-    def join(self, rendezvous: str, *, epoch: int = 0, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def join(
+        self,
+        rendezvous: str,
+        *,
+        epoch: int = 0,
+        patience_s: float = MEETING_S,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
         """Meet the other ranks at file:///path (one host) or tcp://host:port (rank 0 listens there), in place of those
         met before.
 
         `epoch` keeps meetings at one address apart. `meanwhile` is called again and again while others are awaited; what
-        it raises ends the wait. Raises ConfigError when they do not come, PeerLost when they leave again at once.
+        it raises ends the wait. Raises ConfigError when they do not come in time, PeerLost when they leave at once.
         """
         self.close()
         if self.size == 1:
             return
-        store, address = _meet(rendezvous, epoch, self, _Patience(meanwhile))
+        store, address = _meet(rendezvous, epoch, self, _Patience(patience_s, meanwhile))
         try:
             self._communicator = _connect(store, address, self, self._device)
         except RuntimeError as error:
@@ -113,14 +120,15 @@ class Group:
 class _Patience:
     """How long the other ranks are waited for."""
 
-    def __init__(self, meanwhile: Callable[[], None]) -> None:
+    def __init__(self, patience_s: float, meanwhile: Callable[[], None]) -> None:
+        self._patience_s = patience_s
         self._meanwhile = meanwhile
-        self._deadline = time.monotonic() + MEETING_S
+        self._deadline = time.monotonic() + patience_s
 
     def wait(self, why: str) -> None:
         """A moment. ConfigError, for that reason, when none is left."""
         if time.monotonic() > self._deadline:
-            raise ConfigError(f"{why} within {MEETING_S:.0f} s")
+            raise ConfigError(f"{why} within {self._patience_s:.0f} s")
         self._meanwhile()
         time.sleep(POLL_S)
 

@@ -5,6 +5,7 @@ wait for each other. A rank that has lost the others drops what they held togeth
 """
 
 import logging
+import math
 import os
 import platform
 import sys
@@ -41,7 +42,7 @@ from ..common.process import on_termination
 from . import kv_cache
 from .decoder import Decoder
 from .loading import load_decoder, pick_device, set_threads
-from .parallel import Group, PeerLost
+from .parallel import MEETING_S, Group, PeerLost
 from .runner import Pending, Runner, peak_bytes
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,9 @@ class Worker:
         self._send(self.ready)
 
     def _join(self, welcome: Welcome) -> None:
-        self.group.join(welcome.rendezvous, epoch=welcome.epoch, meanwhile=self._stay)
+        # Who has met the others before waits for them as long as the supervisor lets it: it holds what is dear to load.
+        patience_s = math.inf if self.ready else MEETING_S
+        self.group.join(welcome.rendezvous, epoch=welcome.epoch, patience_s=patience_s, meanwhile=self._stay)
 
     def _stay(self) -> None:
         """Called while this rank waits for the others. Raises PeerLost when the scheduler has something else in mind."""

@@ -95,21 +95,30 @@ class Runner:
         columns = read_columns(plan, self.rows.num_rows)
         self.rows.check(plan, columns)
         rows = columns.rows[columns.samples]
-        ids = torch.zeros(len(rows), dtype=torch.int64, device=self.decoder.device)
-        faulty = torch.zeros(len(rows), dtype=torch.bool, device=self.decoder.device)
-        if len(columns.rows):
-            batch = self._batch(columns)
-            hidden = self.decoder.forward(batch, self.cache)
-            if len(rows):
-                logits = self.decoder.head(hidden[batch.last_s])[: len(rows)]
-                if self.group.rank == 0:
-                    draws = self.rows.sampling.select(rows, self.rows.lengths[rows])
-                    ids, faulty = self.decoder.backend.sample(logits, draws, self.rows.tokens)
-                self.rows.append(rows, self.group.broadcast(ids))
+        ids, faulty = self._run(columns, rows) if len(columns.rows) else _nothing()
         return Pending(rows, ids, faulty, _event(self.decoder.device))
+
+    def _run(self, columns: Columns, rows: Ints) -> tuple[Tensor, Tensor]:
+        batch = self._batch(columns)
+        hidden = self.decoder.forward(batch, self.cache)
+        if not len(rows):
+            return _nothing()
+        logits = self.decoder.head(hidden[batch.last_s])[: len(rows)]
+        if self.group.rank == 0:
+            draws = self.rows.sampling.select(rows, self.rows.lengths[rows])
+            ids, faulty = self.decoder.backend.sample(logits, draws, self.rows.tokens)
+        else:
+            ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+            faulty = torch.zeros(len(rows), dtype=torch.bool)
+        self.rows.append(rows, self.group.broadcast(ids))
+        return ids, faulty
 
     def _batch(self, columns: Columns) -> Batch:
         return build_batch(self.rows, columns, self.decoder.spec.windows, self.decoder.backend)
+
+
+def _nothing() -> tuple[Tensor, Tensor]:
+    return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)
 
 
 def _event(device: torch.device) -> torch.Event | None:
