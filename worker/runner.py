@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.messages import StepPlan
+from ..common.sampling import SamplingParams
 from . import kv_cache
 from .batch import Batch, build_batch
 from .decoder import Decoder
@@ -88,6 +89,16 @@ class Runner:
         self.decoder.head(self.decoder.forward(batch, self.cache)[batch.last_s])
 
     @torch.inference_mode()
+    def rehearse_sampling(self) -> None:
+        """Sample for every row at once, with all that sampling can be asked for. Leaves the rows' parameters overwritten."""
+        params = SamplingParams(top_p=0.5, presence_penalty=1.0, repetition_penalty=1.1, seed=0)
+        rows, lengths = np.arange(self.num_rows), np.ones(self.num_rows, dtype=np.int64)
+        for row in rows:
+            self.rows.sampling.set(row, params, 1)
+        logits = torch.zeros(self.num_rows, self.decoder.spec.vocab_size, device=self.decoder.device)
+        self.decoder.backend.sample(logits, self.rows.sampling.select(rows, lengths), self.rows.tokens)
+
+    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
         """Replay the next plan, up to appending the ids to their rows. The launched steps may be read later, in any
         number behind. Raises PlanError when the plan does not fit what came before, PeerLost when a rank is gone."""
@@ -131,8 +142,10 @@ def _event(device: torch.device) -> torch.Event | None:
 
 
 def peak_bytes(decoder: Decoder, *, num_rows: int, max_len: int, block_size: int, num_tokens: int) -> int:
-    """Memory that rows and a step of `num_tokens` take on a GPU, besides weights and KV."""
+    """Memory that rows, a step of `num_tokens` and sampling for every row take on a GPU, besides weights and KV."""
     torch.cuda.reset_peak_memory_stats(decoder.device)
     before = torch.cuda.memory_allocated(decoder.device)
-    Runner(decoder, num_rows=num_rows, max_len=max_len, num_blocks=0, block_size=block_size).warm_up(num_tokens)
+    runner = Runner(decoder, num_rows=num_rows, max_len=max_len, num_blocks=0, block_size=block_size)
+    runner.warm_up(num_tokens)
+    runner.rehearse_sampling()
     return torch.cuda.max_memory_allocated(decoder.device) - before
