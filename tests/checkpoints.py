@@ -32,6 +32,7 @@ LLAMA3_ROPE = {
 # name -> (transformers' class prefix, changes to SHAPE)
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
+    "llama2": ("Llama", {"num_key_value_heads": 4}),  # a KV head for each query head
     "llama-biased-tied": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "llama3.1": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama-odd": (

@@ -113,6 +113,19 @@ def test_frontend_and_scheduler_stay_small(demo: Server) -> None:
     assert max(sizes.values()) <= 150, sizes
 
 
+def test_two_frontends_and_two_workers_serve_the_same(demo: Server) -> None:
+    """Every connection is a new one, so both frontends get some."""
+    expected = demo.complete("import os", max_tokens=24)
+    with Server("--tp", 2, "--frontends", 2) as server:
+        server.wait_ready()
+        commands = [" ".join(process.cmdline()) for process in server.tree()]
+        assert sum("quire.launch.frontend" in command for command in commands) == 2
+        assert sum("quire.launch.worker" in command for command in commands) == 2
+        body = {"model": "demo", "prompt": "import os", "max_tokens": 24, "temperature": 0}
+        answers = [httpx.post(f"{server.url}/v1/completions", json=body, timeout=30) for _ in range(20)]
+        assert {answer.json()["choices"][0]["text"] for answer in answers} == {expected}
+
+
 def test_the_run_directory_is_private_and_goes_with_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with Server() as server:
