@@ -1,4 +1,4 @@
-"""The bodies of answers, as the openai client's strict validation wants them."""
+"""The bodies of answers, as the openai client's strict validation wants them. Tags are fields that never vary."""
 
 import msgspec
 from msgspec import Struct
@@ -25,20 +25,18 @@ class CompletionChoice(Struct):
     logprobs: None = None
 
 
-class Completion(Struct):
+class Completion(Struct, tag_field="object", tag="text_completion"):
     """Whole answers and chunks of a stream."""
 
     id: str
     created: int
     model: str
     choices: list[CompletionChoice]
-    object: str = "text_completion"
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
 
 
-class ChatMessage(Struct):
+class ChatMessage(Struct, tag_field="role", tag="assistant"):
     content: str
-    role: str = "assistant"
     refusal: None = None
 
 
@@ -50,13 +48,12 @@ class ChatChoice(Struct):
     logprobs: None = None
 
 
-class ChatCompletion(Struct):
+class ChatCompletion(Struct, tag_field="object", tag="chat.completion"):
     id: str
     created: int
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    object: str = "chat.completion"
 
 
 class ChatDelta(Struct, omit_defaults=True):
@@ -72,12 +69,11 @@ class ChatChunkChoice(Struct):
     logprobs: None = None
 
 
-class ChatChunk(Struct):
+class ChatChunk(Struct, tag_field="object", tag="chat.completion.chunk"):
     id: str
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    object: str = "chat.completion.chunk"
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
 
 
