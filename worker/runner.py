@@ -94,7 +94,7 @@ class Runner:
         params = SamplingParams(top_p=0.5, presence_penalty=1.0, repetition_penalty=1.1, seed=0)
         rows, lengths = np.arange(self.num_rows), np.ones(self.num_rows, dtype=np.int64)
         for row in rows:
-            self.rows.sampling.set(row, params, 1)
+            self.rows.sampling.set(int(row), params, 1)
         logits = torch.zeros(self.num_rows, self.decoder.spec.vocab_size, device=self.decoder.device)
         self.decoder.backend.sample(logits, self.rows.sampling.select(rows, lengths), self.rows.tokens)
 
