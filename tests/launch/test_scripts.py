@@ -19,6 +19,9 @@ LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 SCRIPTS = ("serve.py", "frontend.py", "scheduler.py", "worker.py")
 
 
+QUIRE = str(Path(sys.executable).with_name("quire"))  # the command of this environment, be it active or not
+
+
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(LAUNCH / words[0]), *words[1:]] if words[0] in SCRIPTS else [*words]
     return subprocess.run(
@@ -155,15 +158,15 @@ def test_a_model_that_cannot_be_downloaded_is_told_with_the_way_out() -> None:
 
 
 def test_the_command_knows_its_commands() -> None:
-    assert "quire chat" in run("quire", "--help").stdout
-    assert_told(run("quire", "chta"), "Did you mean chat?")
-    assert_told(run("quire", "serve", "--prot", "1"), "Did you mean --port?", "quire serve --help")
+    assert "quire chat" in run(QUIRE, "--help").stdout
+    assert_told(run(QUIRE, "chta"), "Did you mean chat?")
+    assert_told(run(QUIRE, "serve", "--prot", "1"), "Did you mean --port?", "quire serve --help")
     assert_told(
-        run("quire", "chat", "-q", "hi", "--url", "http://127.0.0.1:9"),
+        run(QUIRE, "chat", "-q", "hi", "--url", "http://127.0.0.1:9"),
         "no server at http://127.0.0.1:9",
         "quire serve",
     )
-    assert_told(run("quire", "complete", "hi", "--url", "nonsense://"), "--url")
+    assert_told(run(QUIRE, "complete", "hi", "--url", "nonsense://"), "--url")
 
 
 def test_launch_has_neither_torch_nor_transformers_in_it() -> None:
