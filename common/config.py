@@ -34,6 +34,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     load_format: Annotated[Literal["auto", "dummy"], option("auto: safetensors; dummy: random weights, only config.json is needed.")] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], option("Where the workers compute; auto: a GPU when there is one.")] = "auto"
     seed: Annotated[int, option("Seed of dummy weights.", ge=0)] = 0
+    check_weights: Annotated[bool, option("Look for NaN and infinite weights while loading, and refuse them.")] = False
 
 
 class CacheConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,6 +65,13 @@ class ParallelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     master_port: Annotated[int, option("Port on --master-addr where the workers meet.", ge=1, le=65535, metavar="PORT")] = 29501
 
 
+class RecoveryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Recovery"""
+
+    max_restarts: Annotated[int, option("Restarts of dead or stalled processes within a minute; at one more the engine ends with exit code 70.", ge=0, metavar="N")] = 10
+    stall_timeout: Annotated[float, option("A process without progress for so long is reported by /health, and started anew after as long again.", ge=1.0, metavar="SECONDS")] = 30.0
+
+
 class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Server"""
 
@@ -71,6 +79,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     port: Annotated[int, option("Port to listen on; 0 picks a free one.", ge=0, le=65535, metavar="PORT")] = 8000
     frontends: Annotated[int, option("HTTP processes that share the port.", ge=1, le=64, aliases=("api-server-count",), metavar="N")] = 1
     api_key: Annotated[tuple[str, ...], option("Keys, one of which each request must bring (Authorization: Bearer ...); as themselves or as sha256:HEX.", metavar="KEY")] = ()
+    api_keys_file: Annotated[str | None, option("YAML file of API keys with names, scopes and quotas; read again when it changes.", metavar="FILE")] = None
+    max_connections: Annotated[int, option("Open connections of each HTTP process; one more is answered with 503.", ge=1, metavar="N")] = 4096
+    overload_status: Annotated[Literal["503", "429"], option("HTTP status when the queue is full.")] = "503"
     chat_template: Annotated[str | None, option("File with a Jinja chat template, in place of the tokenizer's.", metavar="FILE")] = None
     strict_fields: Annotated[bool, option("Answer a request with an unknown field with 400 instead of a warning header.")] = False
     max_body_bytes: Annotated[int, option("Largest request body.", ge=1024, metavar="BYTES")] = 16 << 20
@@ -85,4 +96,5 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     parallel: ParallelConfig = ParallelConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     server: ServerConfig = ServerConfig()

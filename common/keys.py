@@ -3,14 +3,19 @@
 import hashlib
 import re
 
+PREFIX = "sha256:"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def digest(key: bytes) -> str:
     """Of a key as a client sends it. A digest that is sent is no key: it has another digest."""
-    return f"sha256:{hashlib.sha256(key).hexdigest()}"
+    return f"{PREFIX}{hashlib.sha256(key).hexdigest()}"
+
+
+def is_digest(key: str) -> bool:
+    return _DIGEST.fullmatch(key) is not None
 
 
 def configured(key: str) -> str:
     """What stands for an option's `key`: its digest; options may hold digests themselves."""
-    return key if _DIGEST.fullmatch(key) else digest(key.encode())
+    return key if is_digest(key) else digest(key.encode())

@@ -8,14 +8,15 @@ and peers of another protocol are refused at `Hello`.
 import sys
 from array import array
 from collections.abc import Iterable
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from .config import EngineConfig
 from .model_info import ModelInfo
 from .sampling import SamplingParams
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_FRAME_BYTES = 64 << 20
 
 assert sys.byteorder == "little" and array("i").itemsize == 4, "the wire's columns are little-endian int32"
@@ -39,14 +40,18 @@ class Message(Struct, tag=True, array_like=True, frozen=True, gc=False):
 # --- both wires -------------------------------------------------------------------------------------------------------
 
 
+Label = Annotated[str, Meta(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*\Z")]  # goes into logs as it is
+
+
 class Hello(Message, frozen=True):
-    """The first message of a peer, repeated until it is welcomed and again whenever the scheduler's epoch changes."""
+    """The first message of a peer, repeated until it is welcomed, and again whenever the scheduler's epoch changes or
+    frames were lost: it begins a conversation, and what was said before counts no more."""
 
     protocol: int
-    role: str  # "frontend", "worker" or "observer" (told of every Status, sends no requests)
-    name: str  # for logs: role, rank, host, pid
+    role: Label  # "frontend", "worker" or "observer" (told of every Status, sends no requests)
+    name: Label  # for logs: role, rank, host, pid
     rank: int = 0  # of a worker
-    fingerprint: str = ""  # of the model a worker holds; "" before it is told which
+    fingerprint: Label = ""  # of the model a worker holds; "" before it is told which
 
 
 class Welcome(Message, frozen=True):
@@ -65,9 +70,17 @@ class Refused(Message, frozen=True):
 
 
 class Heartbeat(Message, frozen=True):
-    """Both ways, every `HEARTBEAT_S`."""
+    """Both ways, every `HEARTBEAT_S`, and by a worker also while it computes.
+
+    `bad_frames`, from a peer: how many frames it has dropped so far. `STRANGER_EPOCH`, from the scheduler: it does not
+    know this peer, which is to say Hello.
+    """
 
     epoch: int
+    bad_frames: int = 0
+
+
+STRANGER_EPOCH = 0  # no scheduler's epoch
 
 
 HEARTBEAT_S = 1.0
@@ -77,11 +90,19 @@ PEER_TIMEOUT_S = 5.0  # a peer unheard of for this long is gone
 # --- frontend -> scheduler --------------------------------------------------------------------------------------------
 
 
+class Quota(Struct, array_like=True, frozen=True, gc=False):
+    """What a tenant may use per minute; 0 is no limit."""
+
+    requests: int = 0
+    tokens: int = 0  # of prompts and outputs together
+
+
 class Submit(Message, frozen=True):
     """One sequence to continue. `id` is the frontend's own and never used twice by it.
 
     `output` holds the ids already received when a request is submitted again (to a restarted scheduler): generation
-    goes on behind them, and the indices of `Output` count from the first id of the whole output.
+    goes on behind them, and the indices of `Output` count from the first id of the whole output. `attempts` counts how
+    often an engine failed while it held the sequence, without a token of it since: who is the cause runs alone.
     """
 
     id: int
@@ -92,6 +113,8 @@ class Submit(Message, frozen=True):
     tenant: str = ""
     salt: str = ""  # prefixes are shared only between requests of equal salt
     output: bytes = b""  # int32
+    attempts: int = 0
+    quota: Quota = Quota()  # of the tenant; not charged for what is submitted again
 
 
 class Abort(Message, frozen=True):
@@ -119,7 +142,11 @@ class Capacity(Struct, array_like=True, frozen=True, gc=False):
 
 
 class Status(Message, frozen=True):
-    """Sent to frontends and observers when it changes. `capacity` is set from "ready" on."""
+    """Sent to frontends and observers when it changes. `capacity` is set from the first "ready" on.
+
+    After it, "recovering" says that workers are missing (sequences are accepted and wait), "stalled" that one has made
+    no progress for `--stall-timeout`.
+    """
 
     phase: str  # one of PHASES
     progress: float = 0.0  # of the phase, 0 to 1
@@ -127,7 +154,7 @@ class Status(Message, frozen=True):
     capacity: Capacity | None = None
 
 
-PHASES = ("connecting", "loading", "allocating", "warming up", "ready", "failed")
+PHASES = ("connecting", "loading", "allocating", "warming up", "ready", "recovering", "stalled", "failed")
 
 
 class Output(Struct, array_like=True, frozen=True, gc=False):
@@ -139,7 +166,8 @@ class Output(Struct, array_like=True, frozen=True, gc=False):
     finish: str | None = None  # "stop" (a stop token, which is the last id), "length", "abort", "error"
     num_cached: int = 0  # prompt tokens whose KV was found in the prefix cache at the first admission
     error: str = ""  # why, when finish is "error"
-    rejection: str = ""  # "overloaded" or "too_long" when the request was never accepted (finish "error")
+    rejection: str = ""  # "overloaded", "rate_limited" or "too_long" when it was never accepted (finish "error")
+    retry_after_s: float = 0.0  # with "overloaded" and "rate_limited": when there may be room
 
 
 class Outputs(Message, frozen=True):
@@ -196,6 +224,16 @@ class RequestFault(Message, frozen=True):
     step: int
     row: int
     why: str
+
+
+class Left(Message, frozen=True):
+    """This worker has dropped its rows and left its group, but keeps the weights: a Hello follows, and the scheduler
+    forms another group. The cause is a step that failed here, or the loss of another rank."""
+
+    rank: int
+    epoch: int  # of the group
+    why: str
+    out_of_memory: bool = False  # the step was too large for the device
 
 
 class WorkerFault(Message, frozen=True):
@@ -256,5 +294,5 @@ class Shutdown(Message, frozen=True):
 
 FromFrontend = Hello | Heartbeat | Submit | Abort | GetStats
 ToFrontend = Welcome | Refused | Heartbeat | Status | Outputs | Stats | Shutdown
-FromWorker = Hello | Heartbeat | Progress | WorkerReady | Allocated | StepResult | RequestFault | WorkerFault
+FromWorker = Hello | Heartbeat | Progress | WorkerReady | Allocated | StepResult | RequestFault | Left | WorkerFault
 ToWorker = Welcome | Refused | Heartbeat | Allocate | StepPlan | Shutdown

@@ -8,6 +8,17 @@ from typing import Any
 from .errors import ConfigError
 
 LARGEST_COUNT = 2**31 - 1
+LARGEST_FILE = 64 << 20  # bytes; the index of the largest models has a few millions
+
+
+def read_text(file: Path) -> str:
+    """Raises ConfigError for a file that is not there, is not UTF-8, or is larger than any of its kind."""
+    try:
+        if (size := file.stat().st_size) > LARGEST_FILE:
+            raise ConfigError(f"{file}: {size} bytes; at most {LARGEST_FILE} are read")
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
 
 
 class ModelFile(dict[str, Any]):
@@ -23,8 +34,8 @@ class ModelFile(dict[str, Any]):
     def read(cls, file: Path) -> "ModelFile":
         """Raises ConfigError for a file that is not there or not a JSON object."""
         try:
-            return cls(json.loads(file.read_text(encoding="utf-8")), str(file))
-        except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
+            return cls(json.loads(read_text(file)), str(file))
+        except (ValueError, RecursionError) as error:  # ValueError: not JSON
             raise ConfigError(f"{file}: cannot be read: {error}") from None
 
     def __missing__(self, key: str) -> Any:

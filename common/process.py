@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
 END = signal.SIGUSR1  # from a supervisor to the processes it started
+GONE = signal.SIGUSR2  # from a supervisor to its frontends: the engine is gone for good, tell every client and exit
 
 
 def die_with_parent(lifeline: int | None) -> None:
