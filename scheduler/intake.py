@@ -4,6 +4,7 @@ from array import array
 
 from ..common.messages import Submit
 from .request import Request
+from .suspects import FAIL_AT
 
 TYPE = "i"  # int32, as `messages.pack` writes
 
@@ -31,6 +32,9 @@ def request(submit: Submit, client: bytes, vocab_size: int, arrived_at: float) -
         salt=submit.salt,
         client=client,
         arrived_at=arrived_at,
+        tenant=submit.tenant,
+        quota=submit.quota,
+        strikes=min(max(0, submit.attempts), FAIL_AT),
     )
 
 

@@ -1,5 +1,6 @@
-"""The scheduler process: two sockets, one loop. What it decides is in `startup`, `serving` and `scheduler`."""
+"""The scheduler process: two sockets, one loop. What it decides is in `startup`, `workers`, `serving` and `scheduler`."""
 
+import contextlib
 import logging
 import os
 import time
@@ -9,22 +10,22 @@ from typing import Any
 
 import zmq
 
-from ..common.channel import Hub, encode, wires
+from ..common import curve
+from ..common.channel import Event, Hub, encode, wires
 from ..common.config import EngineConfig
-from ..common.errors import EXIT_CONFIG, EXIT_FATAL, ConfigError, EngineError
+from ..common.errors import EXIT_CONFIG, EXIT_FATAL, ConfigError
 from ..common.messages import (
     HEARTBEAT_S,
     PEER_TIMEOUT_S,
     PHASES,
     Abort,
-    Allocate,
     Allocated,
-    Capacity,
     FromFrontend,
     FromWorker,
     GetStats,
     Heartbeat,
     Hello,
+    Left,
     Output,
     Outputs,
     Progress,
@@ -41,40 +42,53 @@ from ..common.messages import (
 )
 from ..common.model_info import ModelInfo
 from ..common.process import on_termination
-from . import startup
-from .peers import STRANGER_EPOCH, Frontends, Worker, WorkerGroup
+from .peers import Frontends, Worker
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .serving import Serving
+from .workers import Claim, WorkerGroup
 
 log = logging.getLogger(__name__)
 
-STARTING_POLL_S = 0.1  # how often progress is passed on during a start
+STARTING_POLL_S = 0.1  # how often progress is passed on while workers start
+NOT_READY_RETRY_S = 1.0
+OUT_OF_MEMORY = "out_of_memory"  # a cause of losses; the others are words as good
 FRAMES_PER_TURN = 1024  # of each wire: a flood on one does not starve the other
 
 
 class Process:
     """The loop. `run()` in any thread; `stop()` from any thread or signal handler."""
 
-    def __init__(self, config: EngineConfig, info: ModelInfo, *, address: str, run_dir: Path) -> None:
-        """Binds both wires. Raises ConfigError when it cannot."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        info: ModelInfo,
+        *,
+        address: str,
+        run_dir: Path,
+        keys: curve.SchedulerKeys | None = None,
+    ) -> None:
+        """Binds both wires, guarded by `keys`. Raises ConfigError when it cannot."""
+        frontends_wire, workers_wire = wires(address)
         self.config, self.info = config, info
         self.epoch = _new_epoch()  # of this scheduler, to frontends
         self._context: zmq.Context[Any] = zmq.Context()
-        frontends_wire, workers_wire = wires(address)
+        self._admission = contextlib.ExitStack()
+        self._admission.enter_context(curve.admit(self._context, keys))
         try:
-            self._to_frontends: Hub[Any] = Hub(self._context, frontends_wire, FromFrontend)
-            self._to_workers: Hub[Any] = Hub(self._context, workers_wire, FromWorker)
+            self._to_frontends: Hub[Any] = Hub(self._context, frontends_wire, FromFrontend, keys)
+            self._to_workers: Hub[Any] = Hub(self._context, workers_wire, FromWorker, keys)
         except ConfigError:
+            self._admission.close()
             self._context.destroy(linger=0)
             raise
         self._frontends = Frontends()
-        self._workers = _new_group(config, info, run_dir)
+        self._workers = WorkerGroup(config, info, run_dir, _new_epoch())
         self._recorder = Recorder(info.model, caching=config.cache.enable_prefix_caching)
         self._serving: Serving | None = None  # once the workers have memory
-        self._status = startup.phase([], self._workers.num_ranks)
         self._told_at = self._beat_at = self._turn_at = time.monotonic()
-        self._checked = True
+        self._status = self._workers.status(self._told_at)
+        self._lost_at: float | None = None  # when a group that served was lost, until another one does
         self._stopping = False
         self._wake_reader, self._wake_writer = os.pipe()
         self._poller = zmq.Poller()
@@ -87,107 +101,109 @@ class Process:
             os.write(self._wake_writer, b"x")
 
     def run(self) -> int:
-        """Serve until `stop`, a fault or a configuration that cannot be served. Returns the process's exit code."""
+        """Serve until `stop`, or a configuration that cannot be served. Returns the process's exit code.
+
+        After a bug of its own it says nothing to anybody: frontends and workers wait for the next scheduler, with all
+        that they hold.
+        """
         code = 0
         try:
             while not self._stopping:
                 self._turn()
-            self._broadcast_to_all(Shutdown())
+            self._farewell(Shutdown())
         except ConfigError as error:
-            code = self._fail(str(error), EXIT_CONFIG)
-        except EngineError as error:
-            if self._stopping:  # whoever stops this process may have stopped the workers, too
-                log.info("%s", error)
-            else:
-                code = self._fail(str(error), EXIT_FATAL)
-        except Exception as error:
-            log.exception("the scheduler cannot go on")
-            code = self._fail(f"the scheduler failed: {type(error).__name__}: {error}", EXIT_FATAL)
+            log.error("%s", error)
+            self._farewell(Status("failed", detail=str(error)))
+            code = EXIT_CONFIG
+        except Exception:
+            log.exception("a bug in the scheduler ends it")
+            code = EXIT_FATAL
         finally:
             self._close()
         return code
 
-    def _fail(self, why: str, code: int) -> int:
-        log.error("%s", why)
-        self._broadcast_frontends(Status("failed", detail=why))
+    def _farewell(self, message: Shutdown | Status) -> None:
+        self._broadcast_frontends(message)
         for identity in self._workers:
             self._to_workers.send(identity, Shutdown())
-        return code
 
     def _close(self) -> None:
         self._stopping = True  # the pipe is about to go: a late signal must not write to it
         self._to_frontends.close()
         self._to_workers.close()
+        self._admission.close()
         self._context.term()  # waits for what was sent last, a second at most
         os.close(self._wake_reader)
         os.close(self._wake_writer)
 
     def _turn(self) -> None:
-        wait_s = HEARTBEAT_S if self._serving is not None else STARTING_POLL_S
+        wait_s = HEARTBEAT_S if self._workers.complete else STARTING_POLL_S
         self._poller.poll(int(wait_s * 1000))
         now = time.monotonic()
-        if now - self._turn_at > PEER_TIMEOUT_S / 2:
+        if now - self._turn_at > PEER_TIMEOUT_S / 2:  # it was this process that was away
             self._frontends.forgive(now)
+            self._workers.forgive(now)
         self._turn_at = now
         self._receive("workers", self._to_workers, self._from_worker)
         self._receive("frontends", self._to_frontends, self._from_frontend)
-        if self._serving is None:
-            self._tell_progress(now)
-        else:
+        if self._serving is not None:
             self._dispatch(self._serving)
             self._flush(self._serving)
         if now - self._beat_at >= HEARTBEAT_S:
             self._beat(now)
+        self._tell(now)
 
     def _receive(self, wire: str, hub: Hub[Any], handle: Callable[[bytes, Any], None]) -> None:
         bad_frames = hub.codec.bad_frames
         for identity, message in hub.received(FRAMES_PER_TURN):
             handle(identity, message)
-        for _ in range(hub.codec.bad_frames - bad_frames):
-            self._recorder.bad_frame(wire)
+        if hub.codec.bad_frames > bad_frames:
+            self._recorder.bad_frames(wire, hub.codec.bad_frames - bad_frames)
 
     # --- frontends ----------------------------------------------------------------------------------------------------
 
     def _from_frontend(self, identity: bytes, message: Any) -> None:
         now = time.monotonic()
         if isinstance(message, Hello):
-            self._welcome(self._to_frontends, identity, message, self._frontends.greet(identity, message, now))
+            if objection := self._frontends.greet(identity, message, now):
+                self._refuse(self._to_frontends, identity, message, objection)
+                return
+            log.debug("welcomed %s", message.name)
+            self._to_frontends.send(identity, Welcome(self.epoch, self.config, self.info))
+            self._to_frontends.send(identity, self._status)
+            self._count_peers()
             return
         peer = self._frontends.heard(identity, now)
         if peer is None:
-            self._to_frontends.send(identity, Heartbeat(STRANGER_EPOCH))
             return
         match message:
+            case Event.LOST:
+                self._drop_frontend(identity, "begins anew, or frames of it were lost")
+            case Heartbeat(_, bad_frames):
+                self._recorder.bad_frames_of(identity, "frontends", bad_frames)
             case Submit() if self._serving is None:
-                output = Output(message.id, 0, [], "error", error="the engine is not ready", rejection="overloaded")
+                why = "the engine is not ready"
+                output = Output(message.id, 0, [], "error", 0, why, "overloaded", NOT_READY_RETRY_S)
                 self._to_frontends.send(identity, Outputs([output]))
             case Submit() if peer.role == "frontend":
                 assert self._serving is not None
                 self._serving.submit(identity, message, now)
-                self._checked = False
             case Abort() if self._serving is not None:
-                self._serving.abort(identity, message.ids)
+                self._serving.abort(identity, message.ids, now)
             case GetStats():
                 if self._serving is not None:
                     self._recorder.levels(self._serving.scheduler)
                 self._to_frontends.send(identity, Stats(self._recorder.metrics.render()))
 
-    def _welcome(self, hub: Hub[Any], identity: bytes, hello: Hello, objection: str | None) -> None:
-        if objection is not None:
-            log.warning("refused %s: %s", hello.name, objection)
-            hub.send(identity, Refused(objection))
-            return
-        log.debug("welcomed %s", hello.name)
-        if hub is self._to_frontends:
-            hub.send(identity, Welcome(self.epoch, self.config, self.info))
-            hub.send(identity, self._status)
-        else:
-            hub.send(identity, Welcome(self._workers.epoch, self.config, self.info, self._workers.rendezvous))
-        self._count_peers()
+    def _refuse(self, hub: Hub[Any], identity: bytes, hello: Hello, why: str) -> None:
+        log.warning("refused %s: %s", hello.name, why)
+        hub.send(identity, Refused(why))
+        hub.forget(identity)
 
     def _drop_frontend(self, identity: bytes, why: str) -> None:
         peer = self._frontends.remove(identity)
-        num_requests = self._serving.drop(identity) if self._serving is not None else 0
+        self._to_frontends.forget(identity)
+        num_requests = self._serving.drop(identity, time.monotonic()) if self._serving is not None else 0
         level = logging.WARNING if num_requests else logging.DEBUG  # nothing is lost when one ends that had none
         log.log(level, "%s %s; %d requests of it were freed", peer.name, why, num_requests)
         self._count_peers()
@@ -200,91 +216,118 @@ class Process:
     # --- workers ------------------------------------------------------------------------------------------------------
 
     def _from_worker(self, identity: bytes, message: Any) -> None:
+        now = time.monotonic()
         if isinstance(message, Hello):
-            self._welcome(self._to_workers, identity, message, self._workers.greet(identity, message))
+            self._admit(identity, message, now)
             return
-        worker = self._workers.get(identity)
-        if worker is None:
-            self._to_workers.send(identity, Heartbeat(STRANGER_EPOCH))
+        worker = self._workers.heard(identity, now)
+        if worker is None:  # of a group that is no more
             return
         match message:
+            case Heartbeat(_, bad_frames):
+                self._recorder.bad_frames_of(identity, "workers", bad_frames)
             case Progress(phase) if phase in PHASES:
                 worker.progress = message
             case WorkerReady(rank) if rank == worker.rank:
-                self._worker_ready(identity, worker, message)
-            case Allocated(rank) if rank == worker.rank and self._workers.capacity is not None:
+                log.info("worker %d is loaded: %s, %s", worker.rank, message.device, message.dtype)
+                for member in self._workers.loaded(identity, message):
+                    self._to_workers.send(member, self._workers.allocate())
+            case Allocated(rank) if rank == worker.rank and worker.ready is not None:
                 worker.allocated = True
-                self._serve_when_allocated(self._workers.capacity)
-            case StepResult() if (
-                worker.rank == 0 and message.epoch == self._workers.epoch and self._serving is not None
-            ):
-                self._result(self._serving, message)
-            case RequestFault() if (
-                worker.rank == 0 and message.epoch == self._workers.epoch and self._serving is not None
-            ):
-                self._serving.fault(message, time.monotonic())
-            case WorkerFault(_, why, code):
-                raise (ConfigError if code == EXIT_CONFIG else EngineError)(f"worker {worker.rank}: {why}")
-            case Heartbeat():
-                pass
+                if self._workers.complete:
+                    self._serve(now)
+            case StepResult(epoch) | RequestFault(epoch) if worker.rank == 0 and epoch == self._workers.epoch:
+                self._step_news(message, now)
+            case _:
+                self._bad_news(worker, message, now)
+
+    def _bad_news(self, worker: Worker, message: Any, now: float) -> None:
+        match message:
+            case Event.LOST:
+                self._lose("lost_frames", f"{worker.name} begins anew, or frames of it were lost", now)
+            case Left(_, epoch, why, out_of_memory) if epoch == self._workers.epoch:
+                self._lose(OUT_OF_MEMORY if out_of_memory else "left", f"{worker.name} left its group: {why}", now)
+            case WorkerFault(_, why, code) if code == EXIT_CONFIG:
+                raise ConfigError(f"worker {worker.rank}: {why}")
+            case WorkerFault(_, why):
+                self._lose("fault", f"{worker.name} cannot go on: {why}", now)
             case _:
                 log.warning("dropped a %s of worker %d that is out of place", type(message).__name__, worker.rank)
 
-    def _worker_ready(self, identity: bytes, worker: Worker, ready: WorkerReady) -> None:
-        if problem := startup.mismatch(ready, worker, self.info):
-            raise ConfigError(problem)
-        worker.ready = ready
-        log.info("worker %d is loaded: %s, %s", worker.rank, ready.device, ready.dtype)
-        if self._workers.capacity is not None:  # it has said so before
-            self._to_workers.send(identity, self._allocate(self._workers.capacity))
+    def _admit(self, identity: bytes, hello: Hello, now: float) -> None:
+        """A worker says Hello."""
+        if objection := self._workers.objection(hello):
+            self._refuse(self._to_workers, identity, hello, objection)
             return
-        reports = [worker.ready for worker in self._workers.all if worker.ready is not None]
-        if len(reports) < self._workers.num_ranks:
+        if rival := self._workers.rival(identity, hello.rank):
+            reached = self._to_workers.send(rival, Heartbeat(self._workers.epoch))
+            claim = self._workers.claim(rival, now) if reached else Claim.VACANT
+            if claim is Claim.TAKEN:
+                self._refuse(self._to_workers, identity, hello, f"rank {hello.rank} is taken by another worker")
+            elif claim is Claim.VACANT:
+                self._lose("replaced", f"{hello.name} comes for one that is gone", now)
+            if claim is not Claim.VACANT:
+                return
+        self._workers.join(identity, hello, now)
+        log.debug("welcomed %s", hello.name)
+        self._to_workers.send(identity, Welcome(self._workers.epoch, self.config, self.info, self._workers.rendezvous))
+        self._count_peers()
+
+    def _lose(self, cause: str, why: str, now: float) -> None:
+        """Give the worker group up. Its members are asked to say Hello, and who does belongs to the next one."""
+        lost, self._workers = self._workers, self._workers.successor(_new_epoch())
+        log.warning("%s: the workers form another group", why)
+        self._recorder.group_lost(cause)
+        if lost.complete:
+            self._lost_at = now
+        for identity in lost:
+            self._to_workers.ask_for_hello(identity)
+        if self._serving is not None:
+            self._serving.regroup(self._workers.epoch, now, out_of_memory=cause == OUT_OF_MEMORY)
+        self._count_peers()
+
+    def _serve(self, now: float) -> None:
+        """The group is complete: begin, or go on."""
+        capacity = self._workers.capacity
+        assert capacity is not None
+        if self._serving is None:
+            config = self.config
+            scheduler = Scheduler(
+                config.scheduler, config.cache, capacity.num_blocks, capacity.max_model_len, epoch=self._workers.epoch
+            )
+            self._serving = Serving(scheduler, self.info, self._recorder, config.scheduler.pipeline_depth)
+            log.info("ready: %d KV blocks of %d tokens", capacity.num_blocks, capacity.block_size)
+        if self._lost_at is not None:
+            log.info("ready again after %.2f s", now - self._lost_at)
+            self._recorder.recovered(now - self._lost_at)
+            self._lost_at = None
+
+    def _step_news(self, message: StepResult | RequestFault, now: float) -> None:
+        serving = self._serving
+        if serving is None:
             return
-        max_model_len = self.info.max_model_len
-        count = startup.num_blocks(reports, self.config, max_model_len)
-        block_size = self.config.cache.block_size
-        self._workers.capacity = Capacity(count, block_size, max_model_len, self.config.scheduler.max_num_seqs)
-        for identity in self._workers:
-            self._to_workers.send(identity, self._allocate(self._workers.capacity))
-
-    def _allocate(self, capacity: Capacity) -> Allocate:
-        return Allocate(self._workers.epoch, capacity.num_blocks, capacity.block_size)
-
-    def _serve_when_allocated(self, capacity: Capacity) -> None:
-        workers = self._workers.all
-        if self._serving is not None or not all(worker.allocated for worker in workers):
+        if isinstance(message, RequestFault):
+            serving.fault(message, now)
             return
-        config = self.config
-        scheduler = Scheduler(
-            config.scheduler, config.cache, capacity.num_blocks, capacity.max_model_len, epoch=self._workers.epoch
-        )
-        self._serving = Serving(scheduler, self.info, self._recorder, config.scheduler.pipeline_depth)
-        log.info("ready: %d KV blocks of %d tokens", capacity.num_blocks, capacity.block_size)
-        self._announce(Status("ready", 1.0, capacity=capacity), time.monotonic())
-
-    def _result(self, serving: Serving, result: StepResult) -> None:
         expected = serving.expected_step()
-        if expected is None or result.step < expected:
-            log.warning("dropped the result of step %d, which has been answered", result.step)
-            return
-        if result.step > expected:
-            raise EngineError(f"the result of step {expected} was lost: step {result.step} was answered next")
-        serving.result(result, time.monotonic())
-        self._dispatch(serving)  # the device first: the outputs can wait for it, not it for them
-        self._flush(serving)
+        if expected is None or message.step < expected:
+            log.warning("dropped the result of step %d, which has been answered", message.step)
+        elif message.step > expected:
+            self._lose("lost_frames", f"step {message.step} was answered before step {expected}", now)
+        else:
+            serving.result(message, now)
+            self._dispatch(serving)  # the device first: the outputs can wait for it, not it for them
+            self._flush(serving)
 
     def _dispatch(self, serving: Serving) -> None:
-        while (plan := serving.plan(time.monotonic())) is not None:
-            frame = encode(plan)
-            for identity in self._workers:
-                if not self._to_workers.send_frame(identity, frame):
-                    raise self._gone(identity)
+        while self._workers.complete and (plan := serving.plan(time.monotonic())) is not None:
+            self._to_group(encode(plan))
 
-    def _gone(self, identity: bytes) -> EngineError:
-        worker = self._workers.get(identity)
-        assert worker is not None
-        return EngineError(f"worker {worker.rank} is gone ({worker.name})")
+    def _to_group(self, frame: bytes) -> None:
+        for identity, worker in self._workers.members():
+            if not self._to_workers.send_frame(identity, frame):
+                self._lose("gone", f"{worker.name} is gone", time.monotonic())
+                return
 
     # --- to all -------------------------------------------------------------------------------------------------------
 
@@ -293,27 +336,22 @@ class Process:
             if not self._to_frontends.send(client, outputs) and client in self._frontends:
                 self._drop_frontend(client, "is gone")
 
-    def _tell_progress(self, now: float) -> None:
-        status = startup.phase(self._workers.all, self._workers.num_ranks)
+    def _tell(self, now: float) -> None:
+        status = self._workers.status(now)
         if status.phase != self._status.phase or (status != self._status and now - self._told_at >= STARTING_POLL_S):
-            self._announce(status, now)
-
-    def _announce(self, status: Status, now: float) -> None:
-        self._status, self._told_at = status, now
-        self._broadcast_frontends(status)
+            if status.phase == "stalled":
+                log.warning("stalled: %s", status.detail)
+            self._status, self._told_at = status, now
+            self._broadcast_frontends(status)
 
     def _beat(self, now: float) -> None:
         self._beat_at = now
         for identity in self._frontends.silent(now):
             self._drop_frontend(identity, f"has been silent for {PEER_TIMEOUT_S:.0f} s")
         self._broadcast_frontends(Heartbeat(self.epoch))
-        frame = encode(Heartbeat(self._workers.epoch))
-        for identity in self._workers:
-            if not self._to_workers.send_frame(identity, frame):
-                raise self._gone(identity)
-        if self._serving is not None and self._serving.scheduler.idle and not self._checked:
-            self._serving.scheduler.check()
-            self._checked = True
+        self._to_group(encode(Heartbeat(self._workers.epoch)))
+        if self._serving is not None:
+            self._serving.audit()
 
     def _broadcast_frontends(self, message: Status | Heartbeat | Shutdown) -> None:
         frame = encode(message)
@@ -321,31 +359,24 @@ class Process:
             if not self._to_frontends.send_frame(identity, frame):
                 self._drop_frontend(identity, "is gone")
 
-    def _broadcast_to_all(self, message: Shutdown) -> None:
-        self._broadcast_frontends(message)
-        for identity in self._workers:
-            self._to_workers.send(identity, message)
-
 
 def _new_epoch() -> int:
     """Higher than any before it on this host."""
     return time.time_ns() // 1_000_000
 
 
-def _new_group(config: EngineConfig, info: ModelInfo, run_dir: Path) -> WorkerGroup:
-    epoch = _new_epoch()
-    return WorkerGroup(
-        config.parallel.tensor_parallel_size,
-        info.fingerprint,
-        epoch=epoch,
-        rendezvous=startup.rendezvous(config, run_dir, epoch),
-    )
-
-
-def main(config: EngineConfig, info: ModelInfo, *, address: str, run_dir: Path, supervised: bool) -> int:
+def main(
+    config: EngineConfig,
+    info: ModelInfo,
+    *,
+    address: str,
+    run_dir: Path,
+    supervised: bool,
+    keys: curve.SchedulerKeys | None = None,
+) -> int:
     """Run the scheduler of an engine until SIGTERM. Returns the exit code; logs what is wrong."""
     try:
-        process = Process(config, info, address=address, run_dir=run_dir)
+        process = Process(config, info, address=address, run_dir=run_dir, keys=keys)
     except ConfigError as error:
         log.error("%s", error)
         return EXIT_CONFIG

@@ -1,11 +1,14 @@
 """What the metrics are told. The scheduler has no clock; times come in from the process's loop."""
 
-from collections import Counter
+from collections import Counter, OrderedDict
 
 from ..common.messages import Output
 from ..common.metrics import Metrics
 from .request import Request
-from .scheduler import Scheduler, Step
+from .scheduler import Scheduler
+from .step import Step
+
+MAX_PEERS = 1024  # peers whose count of dropped frames is remembered; those that spoke last
 
 
 class Recorder:
@@ -15,6 +18,7 @@ class Recorder:
         self.metrics = Metrics(model)
         self._model = model
         self._caching = caching
+        self._bad_frames: OrderedDict[bytes, int] = OrderedDict()  # that a peer has reported
 
     def rejected(self, reason: str) -> None:
         self.metrics.rejections.labels(self._model, reason).inc()
@@ -67,8 +71,30 @@ class Recorder:
     def peers(self, role: str, count: int) -> None:
         self.metrics.peers.labels(self._model, role).set(count)
 
-    def bad_frame(self, wire: str) -> None:
-        self.metrics.bad_frames.labels(self._model, wire).inc()
+    def bad_frames(self, wire: str, count: int) -> None:
+        """Dropped here."""
+        self.metrics.bad_frames.labels(self._model, wire, "scheduler").inc(count)
+
+    def bad_frames_of(self, identity: bytes, wire: str, total: int) -> None:
+        """Dropped at the other end, all told; one that counts from 0 again is a new one in its place."""
+        before = self._bad_frames.pop(identity, 0)
+        self._bad_frames[identity] = total
+        if len(self._bad_frames) > MAX_PEERS:
+            self._bad_frames.popitem(last=False)
+        if new := max(0, total - before if total >= before else total):
+            self.metrics.bad_frames.labels(self._model, wire, "peer").inc(new)
+
+    def group_lost(self, cause: str) -> None:
+        self.metrics.group_losses.labels(self._model, cause).inc()
+
+    def resumed(self, count: int) -> None:
+        self.metrics.resumed.inc(count)
+
+    def quarantined(self, count: int) -> None:
+        self.metrics.quarantined.inc(count)
+
+    def recovered(self, took_s: float) -> None:
+        self.metrics.recovery_time.observe(took_s)
 
     def levels(self, scheduler: Scheduler) -> None:
         """Gauges are set when somebody looks."""
@@ -77,4 +103,5 @@ class Recorder:
         metrics.waiting.set(len(scheduler.waiting))
         metrics.blocks_total.set(pool.num_blocks)
         metrics.blocks_free.set(pool.num_free)
+        metrics.step_budget.set(scheduler.budget)
         metrics.kv_usage.set(1 - pool.num_free / pool.num_blocks)

@@ -7,14 +7,18 @@ tokens of it, and samples when it gets there. Chunked prefill, decoding, prefix 
 from array import array
 from dataclasses import dataclass, field
 
+from ..common.messages import Quota
 from ..common.sampling import SamplingParams
+
+UNLIMITED = Quota()
+SUSPECT_AT = 2  # strikes; see `suspects`
 
 
 @dataclass(slots=True, eq=False)
 class Request:
     """`tokens` is prompt and output together; a request that goes on elsewhere begins with output.
 
-    `client`, `arrived_at` and `last_token_at` belong to whoever hands the request in; the scheduler never reads them.
+    `client`, `tenant`, `quota` and the times belong to whoever hands the request in; the scheduler never reads them.
     Everything from `arrival` on belongs to the scheduler.
     """
 
@@ -27,6 +31,9 @@ class Request:
     client: bytes = b""
     arrived_at: float = 0.0  # seconds of the client's clock
     last_token_at: float = 0.0
+    tenant: str = ""
+    quota: Quota = UNLIMITED  # of the tenant
+    strikes: int = 0  # losses of workers with this in flight, or of the schedulers that held it; see `suspects`
 
     arrival: int = 0  # running number
     limit: int = 0  # most tokens, prompt included
@@ -39,6 +46,7 @@ class Request:
     publish_at: int = 0  # known tokens at which the next block can be shared
     num_cached: int | None = None  # prompt tokens found in the prefix cache at the first admission
     finish: str | None = None
+    proof: int = 0  # tokens since the last strike
 
     def __post_init__(self) -> None:
         if self.sampling.max_tokens is None:
@@ -49,6 +57,11 @@ class Request:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it may be what kills workers: then nothing else is computed with it."""
+        return self.strikes >= SUSPECT_AT
 
     @property
     def rank(self) -> tuple[int, int]:

@@ -6,12 +6,14 @@
 
 is the whole engine at any depth. Since plans are replayed in order, a block or row is free to be planned again the
 moment it is released, whatever is still in flight.
+
+When the workers are lost, `blame` and `regroup` put everything back to where the next ones can begin. What may be the
+cause (`suspects`) is computed alone: in steps of its own, with nothing else in flight. A suspect waits in the same
+order as all others, and takes every second step at most; so nobody starves.
 """
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from ..common.config import CacheConfig, SchedulerConfig
 from ..common.messages import Admitted, Output, StepPlan, StepResult, pack, unpack
@@ -19,37 +21,12 @@ from . import prefix_cache
 from .blocks import BlockPool, blocks_for
 from .queue import WaitingQueue
 from .request import Request
+from .step import Draft, Step, tokens_of
 from .stops import finish_reason
+from .suspects import Suspects, convicted, verdict
 
 NO_TOKEN = "the worker returned no token for this sequence"
 QUEUED_PER_SEQ = 16  # waiting requests for each row, unless configured
-
-
-@dataclass(slots=True)
-class Step:
-    """A plan, and what its sender wants to know besides. `requests` and `counts` are in the order of the plan's rows."""
-
-    plan: StepPlan
-    requests: list[Request]
-    sampled: list[Request]  # those of `requests` that get a token
-    num_tokens: int
-    admitted: list[Request]  # those that got their first row
-    num_preempted: int  # since the step before
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A plan in the making."""
-
-    budget: int  # tokens left
-    requests: list[Request] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    samples: list[int] = field(default_factory=list)
-    sampled: list[Request] = field(default_factory=list)
-    ripe: list[Request] = field(default_factory=list)  # have a block that is full of known tokens
-    admitted: list[Admitted] = field(default_factory=list)
-    first: list[Request] = field(default_factory=list)
-    new_blocks: list[tuple[int, list[int]]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -63,12 +40,15 @@ class Scheduler:
         self.epoch = epoch
         self.block_size = cache.block_size
         self.caching = cache.enable_prefix_caching
+        self.budget = config.max_num_batched_tokens  # tokens of a step
         self.pool = BlockPool(num_blocks)
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # by rank
         self.dispatched: deque[Step] = deque()  # sent and not answered, oldest first
         self._rows = list(range(config.max_num_seqs))[::-1]  # free ones; the lowest is next
         self._released: list[int] = []  # rows that the worker has not been told of
+        self.suspects = Suspects()
+        self._others_turn = False  # the last step was a suspect's
         self._num_preempted = 0
         self._num_added = 0
         self._step = 0
@@ -84,12 +64,13 @@ class Scheduler:
         fits = request.num_prompt < limit and len(request.tokens) <= limit
         if not fits or blocks_for(limit - 1, self.block_size) > self.pool.num_blocks:
             return "too_long"
-        if len(self.running) + len(self.waiting) >= self.config.max_num_seqs + num_queueable(self.config):
+        full = len(self.running) + len(self.waiting) >= self.config.max_num_seqs + num_queueable(self.config)
+        if full and not (request.num_output or request.strikes):  # what was accepted before is accepted again
             return "overloaded"
         return None
 
     def add(self, request: Request) -> Output | None:
-        """Queue a request that has no `rejection`. Returns its end when its output is complete already."""
+        """Queue a request that has no `rejection`. Returns its end when there is nothing left to do, or to try."""
         request.limit = min(request.limit, self.max_model_len)
         request.arrival = self._num_added
         self._num_added += 1
@@ -97,7 +78,8 @@ class Scheduler:
             request.finish = reason
             return Output(request.id, request.num_output, [], reason)
         self.waiting.push(request)
-        return None
+        self.suspects.note(request)
+        return self._fail(request, verdict(request)) if convicted(request) else None
 
     def abort(self, request: Request) -> None:
         """Forget a request at once, with its row and blocks; no effect when it has ended."""
@@ -106,19 +88,14 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, or None when there is nothing to do before a result comes in."""
+        if self.dispatched and self.dispatched[-1].alone:
+            return None
         self._make_room()
-        draft = _Draft(self.config.max_num_batched_tokens)
-        index = 0
-        while index < len(self.running) and draft.budget:  # `_grow` takes requests off the end
-            self._plan(draft, self.running[index])
-            index += 1
-        while draft.budget and self._rows and (head := self.waiting.peek()) and not head.inflight:
-            shared = self._fitting(head)
-            if shared is None:
-                break
-            self._admit(draft, self.waiting.pop(), shared)
-        assert draft.requests or not draft.admitted, "a row was given that the worker would not hear of"
-        return self._dispatch(draft) if draft.requests else None
+        suspect = self._next_suspect() if self.suspects else None
+        if suspect is None or self._others_turn:
+            step = self._together()
+            return step if step or not suspect else self._alone(suspect)
+        return None if self.dispatched else self._alone(suspect) or self._together()
 
     def update(self, result: StepResult) -> list[tuple[Request, Output]]:
         """Take the result of the oldest step in flight. Says what came of every request that it is news for.
@@ -128,7 +105,7 @@ class Scheduler:
         step = self.dispatched.popleft()
         assert result.step == step.plan.step, (result.step, step.plan.step)
         news = []
-        for request, token in zip(step.sampled, _tokens(result, len(step.sampled)), strict=True):
+        for request, token in zip(step.sampled, tokens_of(result, len(step.sampled)), strict=True):
             request.inflight -= 1
             if request.finish is not None:  # ended while this was under way
                 continue
@@ -136,6 +113,8 @@ class Scheduler:
                 news.append((request, self._fail(request, NO_TOKEN)))
                 continue
             request.tokens.append(token)
+            if request.strikes:
+                self.suspects.acquit(request)
             reason = finish_reason(request)
             if reason is not None:
                 self._end(request, reason)
@@ -151,18 +130,92 @@ class Scheduler:
                         return request, self._fail(request, why)
         return None
 
-    def check(self) -> None:
-        """Raises AssertionError when books and holdings differ: a leak, or a block or row given twice."""
-        self.pool.check(request.blocks for request in self.running)
+    def shrink(self) -> bool:
+        """After a step was too large for the device: plan smaller ones. False when they cannot be smaller."""
+        largest = max((step.num_tokens for step in self.dispatched), default=0)
+        budget = max(min(self.budget, largest) // 2, self.block_size)
+        if budget >= largest:
+            return False
+        self.budget = budget
+        return True
+
+    def blame(self) -> list[Request]:
+        """The workers were lost: a strike for every request in flight. Returns those that are suspects from now on."""
+        inflight = {request: None for step in self.dispatched for request in step.requests if request.finish is None}
+        return self.suspects.blame(inflight)
+
+    def regroup(self, epoch: int) -> list[tuple[Request, Output]]:
+        """Begin anew with workers that hold nothing. Who ran waits again, in the order there was, with its tokens.
+
+        What was in flight is computed again; a late result of it must not be handed to `update`. Says who ended: those
+        that had one strike too many.
+        """
+        for step in self.dispatched:
+            for request in step.sampled:
+                request.inflight = 0
+        for request in self.running:
+            request.row, request.blocks, request.computed = None, [], 0
+            self.waiting.push(request)
+        self.running.clear()
+        self.dispatched.clear()
+        self.pool = BlockPool(self.pool.num_blocks)
+        self._rows = list(range(self.config.max_num_seqs))[::-1]
+        self._released = []
+        self._others_turn = False
+        self.epoch, self._step = epoch, 0
+        return [(request, self._fail(request, verdict(request))) for request in self.suspects.convicts()]
+
+    def check(self, blocks: range | None = None) -> None:
+        """Raises AssertionError when books and holdings differ: a leak, or a block or row given twice.
+
+        `blocks` are those of the pool that are looked at, all by default.
+        """
+        self.pool.check((request.blocks for request in self.running), blocks)
         rows = [*self._rows, *(request.row for request in self.running)]
         assert sorted(rows, key=lambda row: -1 if row is None else row) == list(range(self.config.max_num_seqs)), rows
         assert self.running == sorted(self.running, key=lambda request: request.rank), "running is out of order"
         for request in self.waiting:
             assert not request.blocks and request.row is None and not request.computed, request
+        suspects = [request for request in (*self.running, *self.waiting) if request.suspect]
+        assert len(suspects) == len(self.suspects), "a suspect that is not here, or not known"
+        assert all(request in self.suspects for request in suspects), "a suspect is not known"
+        assert len(self.dispatched) < 2 or not any(step.alone for step in self.dispatched), "a suspect has company"
 
     # --- planning -----------------------------------------------------------------------------------------------------
 
-    def _plan(self, draft: _Draft, request: Request) -> None:
+    def _together(self) -> Step | None:
+        """A step of all that run and are no suspects, and of those that wait and fit, up to the first suspect."""
+        draft = Draft(self.budget)
+        index = 0
+        while index < len(self.running) and draft.budget:  # `_grow` takes requests off the end
+            if not self.running[index].suspect:
+                self._plan(draft, self.running[index])
+            index += 1
+        while draft.budget and self._rows and (head := self.waiting.peek()) and not head.inflight and not head.suspect:
+            shared = self._fitting(head)
+            if shared is None:
+                break
+            self._admit(draft, self.waiting.pop(), shared)
+        assert draft.requests or not draft.admitted, "a row was given that the worker would not hear of"
+        return self._dispatch(draft) if draft.requests else None
+
+    def _alone(self, suspect: Request) -> Step | None:
+        """A step of this suspect. None when it has to wait for blocks."""
+        draft = Draft(self.budget)
+        if suspect.row is not None:
+            self._plan(draft, suspect)
+        elif (shared := self._fitting(suspect)) is not None:
+            self._admit(draft, self.waiting.pop(), shared)
+        return self._dispatch(draft) if draft.requests else None
+
+    def _next_suspect(self) -> Request | None:
+        """The one that runs; else the one whose turn it is to be admitted, if there is room."""
+        if running := self.suspects.running():
+            return running
+        head = self.waiting.peek()
+        return head if head and head.suspect and self._rows and self._fitting(head) is not None else None
+
+    def _plan(self, draft: Draft, request: Request) -> None:
         """Add a running request to the draft, as far as the budget goes; it may have to sit this step out."""
         known = len(request.tokens)
         target = known + request.inflight
@@ -185,7 +238,7 @@ class Scheduler:
         if known >= request.publish_at:
             draft.ripe.append(request)
 
-    def _grow(self, draft: _Draft, request: Request, num_tokens: int) -> bool:
+    def _grow(self, draft: Draft, request: Request, num_tokens: int) -> bool:
         """Blocks for `num_tokens`, at the cost of those behind the request if need be.
 
         False when there is nobody behind it: it keeps what it has and waits, since its blocks would only go to those
@@ -231,7 +284,7 @@ class Scheduler:
         needed = blocks_for(len(request.tokens), self.block_size) - len(shared) + _reserve(len(self.running))
         return shared if needed <= self.pool.num_free - sum(map(self.pool.is_free, shared)) else None
 
-    def _admit(self, draft: _Draft, request: Request, shared: list[int]) -> None:
+    def _admit(self, draft: Draft, request: Request, shared: list[int]) -> None:
         """Give a waiting request a row and blocks for all it knows, and plan its first chunk."""
         self.pool.share(shared)
         fresh = self.pool.take(blocks_for(len(request.tokens), self.block_size) - len(shared))
@@ -247,7 +300,7 @@ class Scheduler:
         insort(self.running, request, key=_rank)
         self._plan(draft, request)
 
-    def _dispatch(self, draft: _Draft) -> Step:
+    def _dispatch(self, draft: Draft) -> Step:
         for request in draft.ripe:  # only now: nothing in this plan may read what this plan writes
             prefix_cache.publish(self.pool, request, self.block_size)
         self._step += 1
@@ -262,9 +315,10 @@ class Scheduler:
             counts=pack(draft.counts),
             samples=bytes(draft.samples),
         )
-        num_tokens = self.config.max_num_batched_tokens - draft.budget
+        num_tokens = self.budget - draft.budget
         step = Step(plan, draft.requests, draft.sampled, num_tokens, draft.first, self._num_preempted)
         self._released, self._num_preempted = [], 0
+        self._others_turn = step.alone
         self.dispatched.append(step)
         return step
 
@@ -286,6 +340,7 @@ class Scheduler:
 
     def _end(self, request: Request, reason: str) -> None:
         request.finish = reason
+        self.suspects.drop(request)
         if request.row is None:
             self.waiting.remove(request)
         else:
@@ -318,17 +373,3 @@ def _reserve(num_running: int) -> int:
 
 def _rank(request: Request) -> tuple[int, int]:
     return request.rank
-
-
-def _tokens(result: StepResult, num_rows: int) -> Iterable[int | None]:
-    """The token of each sampling row; None where there is none, and everywhere when the columns make no sense."""
-    try:
-        counts, tokens = unpack(result.counts), unpack(result.tokens)
-    except ValueError:
-        return [None] * num_rows
-    if len(counts) != num_rows or len(tokens) != sum(counts) or not all(0 <= count <= 1 for count in counts):
-        return [None] * num_rows
-    if len(tokens) == num_rows:
-        return tokens
-    values = iter(tokens)
-    return [next(values) if count else None for count in counts]

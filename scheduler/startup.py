@@ -66,10 +66,10 @@ def rendezvous(config: EngineConfig, run_dir: Path, epoch: int) -> str:
     return f"file://{run_dir.resolve()}/rendezvous-{epoch}"
 
 
-def mismatch(ready: WorkerReady, worker: Worker, model: ModelInfo) -> str | None:
+def mismatch(ready: WorkerReady, rank: int, model: ModelInfo) -> str | None:
     """What is wrong with a worker's report, if anything."""
     if ready.fingerprint != model.fingerprint:
-        return f"worker {worker.rank} loaded another checkpoint of {model.model} than the scheduler sees; compare the files"
+        return f"worker {rank} loaded another checkpoint of {model.model} than the scheduler sees; compare the files"
     if ready.block_bytes <= 0:
-        return f"worker {worker.rank} reports KV blocks of {ready.block_bytes} bytes"
+        return f"worker {rank} reports KV blocks of {ready.block_bytes} bytes"
     return None

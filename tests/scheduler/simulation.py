@@ -15,6 +15,8 @@ from quire.common.messages import StepPlan, StepResult, pack, unpack
 from quire.common.sampling import SamplingParams
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.step import Step
+from quire.scheduler.suspects import PROOF
 
 STOP = 3
 VOCABULARY = 13
@@ -49,12 +51,20 @@ class Device:
         self.kv: dict[int, list[int | None]] = {}
         self.rows: dict[int, Row] = {}
         self.step = 0
+        self.epoch = 1
         self.num_cached_reads = 0
         self._codec: Codec[StepPlan] = Codec(StepPlan)
+
+    def forget(self, epoch: int) -> None:
+        """What another group begins with: nothing."""
+        self.kv.clear()
+        self.rows.clear()
+        self.step, self.epoch = 0, epoch
 
     def run(self, plan: StepPlan) -> StepResult:
         decoded = self._codec.decode(encode(plan))
         assert decoded == plan, "the plan changed on the wire"
+        assert plan.epoch == self.epoch, "a plan of another group"
         self.step += 1
         assert plan.step == self.step, "a plan is missing"
         for row in plan.released:
@@ -113,6 +123,29 @@ class Outcome:
     finish: str | None = None
 
 
+@dataclass(frozen=True)
+class Losses:
+    """How the workers are lost: `rate` of the moments at which they may be by chance, and `poison`, the requests that
+    do it whenever they are computed, or, of those in `slow`, whenever they are decoded.
+
+    Chance spares whom it has struck until it has had the tokens that prove it innocent.
+    """
+
+    rate: float = 0.0
+    poison: frozenset[int] = frozenset()
+    slow: frozenset[int] = frozenset()
+
+    def caused_by(self, step: Step) -> bool:
+        starts, counts = unpack(step.plan.starts), unpack(step.plan.counts)
+        return any(
+            request.id in self.poison and (request.id not in self.slow or (start > 0 and count == 1))
+            for request, start, count in zip(step.requests, starts, counts, strict=True)
+        )
+
+
+NO_LOSSES = Losses()
+
+
 @dataclass
 class Totals:
     """That the runs together went everywhere."""
@@ -123,6 +156,9 @@ class Totals:
     aborted: int = 0
     resubmitted: int = 0
     faulted: int = 0
+    lost: int = 0
+    killed: int = 0  # lost by poison
+    alone: int = 0  # steps
 
 
 class Run:
@@ -141,6 +177,7 @@ class Run:
         self.live: dict[int, Request] = {}
         self.outcomes: dict[int, Outcome] = {}
         self.sent: deque[StepPlan] = deque()
+        self.struck: dict[int, int] = {}  # by chance -> tokens then
         self.totals = Totals()
 
     def _requests(self) -> list[Request]:
@@ -162,7 +199,9 @@ class Run:
             requests.append(Request(id, array("i", prompt), len(prompt), sampling, rng.choice(priorities)))
         return requests
 
-    def play(self, *, aborts: bool = False, restarts: bool = False, faults: bool = False) -> dict[int, Outcome]:
+    def play(
+        self, *, aborts: bool = False, restarts: bool = False, faults: bool = False, losses: Losses = NO_LOSSES
+    ) -> dict[int, Outcome]:
         """Until every request has ended; what happened when is random, and does not depend on `depth` alone."""
         rng, scheduler = self.rng, self.scheduler
         while self.todo or not scheduler.idle:
@@ -176,7 +215,13 @@ class Run:
                 self.sent.append(step.plan)
                 self.totals.preempted += step.num_preempted
                 self.totals.cached += sum(request.num_cached or 0 for request in step.admitted)
-            if self.sent:
+                self.totals.alone += step.alone
+            if losses.rate and rng.random() < losses.rate and self._may_be_lost():
+                self._lose()
+            if self.sent and losses.caused_by(scheduler.dispatched[0]):
+                self.totals.killed += 1
+                self._lose()
+            elif self.sent:
                 result = self.device.run(self.sent.popleft())
                 if faults and rng.random() < 0.04:
                     result = self._break(result)
@@ -207,6 +252,27 @@ class Run:
         tokens = old.tokens[: old.num_prompt] + array("i", self.outcomes[id].tokens)
         self._add(Request(id, tokens, old.num_prompt, old.sampling, old.priority))
         self.totals.resubmitted += 1
+
+    def _may_be_lost(self) -> bool:
+        """Notes whom chance strikes."""
+        ids = [r.id for step in self.scheduler.dispatched for r in step.requests if r.finish is None]
+        tokens = {id: len(self.outcomes[id].tokens) for id in ids}
+        if any(id in self.struck and count < self.struck[id] + PROOF for id, count in tokens.items()):
+            return False
+        self.struck |= tokens
+        return True
+
+    def _lose(self) -> None:
+        """The workers are gone, with all they held and whatever was under way."""
+        self.totals.lost += 1
+        self.scheduler.blame()
+        self.sent.clear()
+        epoch = self.scheduler.epoch + 1
+        for _, output in self.scheduler.regroup(epoch):
+            self._collect(output.id, output.first_index, output.tokens, output.finish)
+        self.device.forget(epoch)
+        assert self.scheduler.pool.num_free == self.scheduler.pool.num_blocks and not self.scheduler.running
+        self.scheduler.check()
 
     def _break(self, result: StepResult) -> StepResult:
         """A worker gives up a row of the step, or forgets the token of one, or returns nonsense."""
