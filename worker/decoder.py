@@ -60,11 +60,13 @@ class Decoder:
         assert len(shapes) == 1, f"one cache holds every layer, and these differ in (KV heads, head dim): {shapes}"
         return len(self.blocks), *shapes.pop()
 
-    def forward(self, batch: Batch, cache: Tensor) -> Tensor:
-        """Compute the step's tokens, writing their KV to `cache`; the hidden states [t, d]."""
+    def forward(self, batch: Batch, cache: Tensor, between: Callable[[], None] = lambda: None) -> Tensor:
+        """Compute the step's tokens, writing their KV to `cache`; the hidden states [t, d]. `between` is called before
+        each layer."""
         angles = {rope: table(batch.positions_t) for rope, table in self.angles.items()}
         delta = self.embed(batch.ids_t)
         residual = torch.zeros_like(delta)
         for block in self.blocks:
+            between()
             delta, residual = block(delta, residual, angles[block.rope], batch, cache)
         return self.norm.after_add(delta, residual)[0]

@@ -1,9 +1,10 @@
 """From an engine's options to a decoder with its weights, on its device."""
 
-import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from ..common.config import EngineConfig, ModelConfig
@@ -11,11 +12,11 @@ from ..common.errors import ConfigError
 from ..common.model_info import read_config
 from .backends import choose
 from .decoder import Decoder
+from .failures import out_of_memory
 from .models import build
+from .models import spec as models
 from .parallel import Group
-from .weights import DTYPES, Checkpoint, Loader, OnBytes, RandomWeights
-
-log = logging.getLogger(__name__)
+from .weights import DTYPES, Checkpoint, Loader, OnBytes, RandomWeights, Source, some
 
 
 def pick_device(wanted: str, rank: int) -> torch.device:
@@ -41,19 +42,52 @@ def load_decoder(
     block_size: int,
     max_model_len: int,
     on_bytes: OnBytes | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Decoder:
     """This rank's share of the model at `path`. Raises ConfigError for what cannot be served.
 
-    `on_bytes` hears of every tensor of a checkpoint; random weights come without.
+    `on_bytes` hears of every tensor of a checkpoint; random weights come without. `between` is called before each tensor.
     """
     spec = build(read_config(path))
+    _check_positions(spec, max_model_len)
     dtype = DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
     backend = choose(spec, device, dtype, block_size)
-    if config.load_format == "dummy":
-        loader = Loader(RandomWeights(config.seed, device), spec.names, group, dtype, device)
-        return Decoder(spec, loader, backend, max_model_len)
-    checkpoint = Checkpoint(path, on_bytes)
-    decoder = Decoder(spec, Loader(checkpoint, spec.names, group, dtype, device), backend, max_model_len)
-    if unread := checkpoint.unread:
-        log.warning("%s: %d tensors are not part of the model: %s", path, len(unread), ", ".join(unread[:8]))
+    checkpoint: Checkpoint | None = None
+    source: Source = RandomWeights(config.seed, device)
+    if config.load_format != "dummy":
+        source = checkpoint = Checkpoint(path, on_bytes, holds=dtype if config.check_weights else None)
+    loader = Loader(source, spec.names, group, dtype, device, between)
+    try:
+        decoder = Decoder(spec, loader, backend, max_model_len)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ConfigError(f"{path}: its weights do not fit into the memory of {device} ({error!s:.200})") from None
+    if checkpoint:
+        _judge(checkpoint, spec, dtype)
     return decoder
+
+
+def _check_positions(spec: models.Decoder, max_model_len: int) -> None:
+    """A context that a file only claims must not take the host's memory: each layer's keys would take more."""
+    needed = max_model_len * 4 * sum({rope: rope.dim for rope in (layer.attn.rope for layer in spec.layers)}.values())
+    if needed > (free := psutil.virtual_memory().available):
+        raise ConfigError(
+            f"a context of {max_model_len} tokens needs {needed / 2**30:,.1f} GiB for its positions alone, "
+            f"{free / 2**30:,.1f} GiB are free: lower --max-model-len"
+        )
+
+
+def _judge(checkpoint: Checkpoint, spec: models.Decoder, dtype: torch.dtype) -> None:
+    """Once everything has been read. A tensor that nobody asked for says that config.json describes another model: a
+    bias that is left out, for one, would be a model that answers nonsense."""
+    if faulty := checkpoint.faulty:
+        shown = ", ".join(faulty[:10])
+        kind = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"{checkpoint.path}: {len(faulty)} tensors hold what is no finite {kind}: {shown}")
+    harmless = {f"{spec.names['head']}.weight"} if spec.tied_head else set()
+    if unread := checkpoint.unread - harmless:
+        raise ConfigError(
+            f"{checkpoint.path}: {len(unread)} tensors are not part of the model that config.json describes: "
+            f"{some(f'{name} in {checkpoint.home[name]}' for name in unread)}"
+        )

@@ -6,23 +6,25 @@ each other can meet again. Closing a communicator wakes whoever waits for us in 
 otherwise: so a rank that leaves needs nobody to watch the ones that stay.
 """
 
-import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
-from urllib.parse import SplitResult, urlsplit
 
 import torch
 import torch.distributed
 from torch import Tensor
 
 from ..common.errors import ConfigError, EngineError
+from .meeting import OutOfPatience, Patience, Place, Watched, meet
 
 MEETING_S = 600.0  # ranks load torch at different speeds; no weights are read before they have met
-CONNECTING_S = 30.0  # once all are there
+ADDRESSES_S = 10.0  # once all are there, for each to say where it listens
+CONNECTING_S = 0.5  # then; gloo tries five times as long, and hears of nothing meanwhile
+PAUSE_S = 0.2  # before a meeting that failed is given up: the next one follows at once, and may fail at once
 EXCHANGE_S = 600.0  # a rank that died is noticed at once; this is for one that hangs
-POLL_S = 0.02
+
+DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)  # RuntimeErrors too, but of no other rank's making
 
 c10d: Any = torch.distributed  # whose types leave out what is used here
 
@@ -52,7 +54,8 @@ class Group:
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank = rank
         self.size = size
-        self._device = device or torch.device("cpu")
+        self.device = device or torch.device("cpu")
+        self._place: Place | None = None  # where the others were met
         self._communicator: Any = None
 
     def share(self, total: int) -> Part:
@@ -99,92 +102,46 @@ class Group:
         self.close()
         if self.size == 1:
             return
-        store, address = _meet(rendezvous, epoch, self, _Patience(patience_s, meanwhile))
         try:
-            self._communicator = _connect(store, address, self, self._device)
-        except RuntimeError as error:
-            raise PeerLost(f"rank {self.rank} met the others and lost them again: {error}") from error
+            self._place = meet(rendezvous, epoch, self.rank, self.size, Patience(patience_s, meanwhile))
+            self._communicator = _connect(self._place, self, Patience(ADDRESSES_S, meanwhile))
+        except OutOfPatience as error:
+            if self._place is None:
+                raise ConfigError(str(error)) from None
+            raise PeerLost(f"rank {self.rank} met the others and lost them again: {error}") from None
+        except DEVICE_ERRORS:
+            raise
+        except (OSError, RuntimeError) as error:
+            time.sleep(PAUSE_S)
+            raise PeerLost(f"rank {self.rank} lost the others while they met: {error}") from error
 
     def close(self) -> None:
         """Leave, and end the communicator's threads. One that is alive when the interpreter ends may abort the
         process."""
         self._communicator = None
+        if self._place is not None:
+            self._place.leave()
+            self._place = None
 
     def _exchange(self, kind: str, *tensors: object) -> None:
         try:
             getattr(self._communicator, kind)(*tensors).wait()
+        except DEVICE_ERRORS:
+            raise
         except RuntimeError as error:  # torch has no type of its own for this
             raise PeerLost(f"rank {self.rank} lost the others in an exchange: {error}") from error
 
 
-class _Patience:
-    """How long the other ranks are waited for."""
-
-    def __init__(self, patience_s: float, meanwhile: Callable[[], None]) -> None:
-        self._patience_s = patience_s
-        self._meanwhile = meanwhile
-        self._deadline = time.monotonic() + patience_s
-
-    def wait(self, why: str) -> None:
-        """A moment. ConfigError, for that reason, when none is left."""
-        if time.monotonic() > self._deadline:
-            raise ConfigError(f"{why} within {self._patience_s:.0f} s")
-        self._meanwhile()
-        time.sleep(POLL_S)
-
-
-def _meet(rendezvous: str, epoch: int, group: Group, patience: _Patience) -> tuple[Any, str]:
-    """A store that all ranks have come to, and this host's address among them. Waits in Python, so that a signal can
-    end it."""
-    url = urlsplit(rendezvous)
-    if url.scheme == "file" and url.path:
-        store = c10d.PrefixStore(str(epoch), c10d.FileStore(url.path, group.size))
-        _await_ranks(store, group, rendezvous, patience)
-        return store, "127.0.0.1"
-    if url.scheme != "tcp" or not url.hostname or not url.port:
-        raise ConfigError(f"rendezvous {rendezvous!r}: expected file:///PATH or tcp://HOST:PORT")
-    server = _tcp_store(url, group) if group.rank == 0 else None
-    while True:
-        try:
-            with socket.create_connection((url.hostname, url.port), timeout=1.0) as probe:
-                address = probe.getsockname()[0]
-            store = c10d.PrefixStore(str(epoch), server or _tcp_store(url, group))
-            _await_ranks(store, group, rendezvous, patience)
-            return store, address
-        except (OSError, RuntimeError) as error:  # not there yet, or still rank 0's store of an earlier meeting
-            if isinstance(error, socket.gaierror):
-                raise ConfigError(f"rendezvous {rendezvous}: {error.strerror}") from None
-            patience.wait(f"rank {group.rank} did not reach {rendezvous} ({error})")
-
-
-def _tcp_store(url: SplitResult, group: Group) -> Any:
-    try:
-        timeout = timedelta(seconds=CONNECTING_S)
-        return c10d.TCPStore(url.hostname, url.port, group.size, group.rank == 0, timeout, wait_for_workers=False)
-    except RuntimeError as error:
-        if group.rank:
-            raise
-        raise ConfigError(f"rank 0 cannot listen at {url.netloc}: {error}") from None
-
-
-def _await_ranks(store: Any, group: Group, rendezvous: str, patience: _Patience) -> None:
-    store.set(f"here/{group.rank}", b"1")
-    missing: Sequence[int] = range(group.size)
-    while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
-        patience.wait(f"ranks {missing} did not come to {rendezvous}")
-
-
-def _connect(store: Any, address: str, group: Group, device: torch.device) -> Any:
-    """Connected to all ranks. Raises RuntimeError."""
-    store = c10d.PrefixStore("tensor-parallel", store)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+def _connect(place: Place, group: Group, patience: Patience) -> Any:
+    """Connected to all ranks. Raises RuntimeError, and OutOfPatience when one does not say where it listens."""
+    if group.device.type == "cuda":
+        torch.cuda.set_device(group.device)
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=EXCHANGE_S)
-        return c10d.ProcessGroupNCCL(store, group.rank, group.size, options)
+        return c10d.ProcessGroupNCCL(place.torch_store(), group.rank, group.size, options)
     options = c10d.ProcessGroupGloo._Options()
-    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=address)]
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=place.address)]
     options._timeout = timedelta(seconds=CONNECTING_S)
-    communicator = c10d.ProcessGroupGloo(store, group.rank, group.size, options)
+    communicator = c10d.ProcessGroupGloo(Watched(place, patience), group.rank, group.size, options)
     communicator._set_default_timeout(timedelta(seconds=EXCHANGE_S))
     return communicator

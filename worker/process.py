@@ -4,6 +4,7 @@ One thread, one socket. Between messages it waits there, unless a launched step 
 wait for each other. A rank that has lost the others drops what they held together and waits to be welcomed again.
 """
 
+import gc
 import logging
 import math
 import os
@@ -11,11 +12,13 @@ import platform
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
 import zmq
 
-from ..common.channel import Link, wires
+from ..common.channel import Event, Link, Lost, wires
+from ..common.curve import PeerKeys
 from ..common.errors import EXIT_CONFIG, EXIT_FATAL, ConfigError
 from ..common.messages import (
     HEARTBEAT_S,
@@ -24,6 +27,7 @@ from ..common.messages import (
     Allocated,
     Heartbeat,
     Hello,
+    Left,
     Message,
     Progress,
     Refused,
@@ -39,10 +43,12 @@ from ..common.messages import (
 )
 from ..common.model_info import fingerprint, model_path
 from ..common.process import on_termination
-from . import kv_cache
+from . import failures, kv_cache
 from .decoder import Decoder
+from .failures import OutOfMemory, StepFailed
 from .loading import load_decoder, pick_device, set_threads
 from .parallel import MEETING_S, Group, PeerLost
+from .plan import PlanError
 from .runner import Pending, Runner, peak_bytes
 
 log = logging.getLogger(__name__)
@@ -51,24 +57,26 @@ PROGRESS_S = 0.1  # between two reports of loading
 NO_EPOCH = 0
 
 
-def main(*, scheduler: str, rank: int, device: str | None, supervised: bool) -> int:
+def main(*, scheduler: str, rank: int, device: str | None, supervised: bool, keys: PeerKeys | None = None) -> int:
     """Serve as `rank` of the engine whose scheduler is at `scheduler`; returns the exit code.
 
-    `device` is auto, cpu or cuda, None for what the scheduler was told. A process that is asked to end does so with 0.
+    `device` is auto, cpu or cuda, None for what the scheduler was told. `keys` go with a scheduler that asks for them. A
+    process that is asked to end does so with 0.
     """
+    gc.freeze()  # torch's import made half a million objects that stay: neither a step nor the end looks through them
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    link: Link[ToWorker] = Link(context, wires(scheduler)[1], ToWorker)
+    link: Link[ToWorker] = Link(context, wires(scheduler)[1], ToWorker, keys)
     on_termination(lambda: sys.exit(0), supervised=supervised)
     worker = Worker(link, rank, device)
     try:
         return worker.run()
     except ConfigError as error:
         log.error("%s", error)
-        link.send(WorkerFault(rank, str(error), EXIT_CONFIG))
+        link.send(WorkerFault(rank, _text(error), EXIT_CONFIG))
         return EXIT_CONFIG
     except Exception as error:
         log.exception("this worker cannot go on")
-        link.send(WorkerFault(rank, f"{type(error).__name__}: {error}", EXIT_FATAL))
+        link.send(WorkerFault(rank, f"{type(error).__name__}: {_text(error)}", EXIT_FATAL))
         return EXIT_FATAL
     finally:
         worker.group.close()
@@ -76,9 +84,18 @@ def main(*, scheduler: str, rank: int, device: str | None, supervised: bool) -> 
         context.term()
 
 
+def _text(error: Exception) -> str:
+    """As it can cross the wire: a path that is not UTF-8 may be in it."""
+    return str(error).encode(errors="replace").decode()
+
+
+class CalledAway(Exception):
+    """The scheduler has something else in mind for this worker."""
+
+
 class Worker:
-    """What this process is in a scheduler's eyes. Survives the scheduler and the other ranks: under a new epoch the
-    weights are kept, rows are not."""
+    """What this process is in a scheduler's eyes. Survives the scheduler, the other ranks and steps that fail: under a
+    new epoch the weights are kept, rows are not."""
 
     def __init__(self, link: Link[ToWorker], rank: int, device: str | None) -> None:
         self.link = link
@@ -86,27 +103,35 @@ class Worker:
         self.device = device
         self.epoch = NO_EPOCH
         self.left = NO_EPOCH  # of the group that cannot come together again
+        self.step: int | None = None  # the last one of this epoch
         self.welcome: Welcome | None = None  # what was loaded for
         self.ready: WorkerReady | None = None
         self.decoder: Decoder | None = None
         self.runner: Runner | None = None
         self.group = Group()
         self.launched: deque[tuple[StepPlan, Pending]] = deque()  # not answered yet; of rank 0 alone
-        self.inbox: deque[ToWorker] = deque()  # received, not acted on yet
+        self.ending: Shutdown | Refused | None = None  # heard while the ranks met
         self.beat_at = 0.0
 
     def run(self) -> int:
         while True:
             try:
                 return self._converse()
+            except CalledAway as error:
+                log.info("%s", error)
+                left = None
             except PeerLost as error:
-                log.warning("%s; its rows are dropped until the scheduler forms another group", error)
-                self._leave()
+                log.warning("%s; what runs is dropped until the scheduler forms another group", error)
+                left = Left(self.rank, self.epoch, _text(error))
+            except StepFailed as error:
+                log.exception("what runs is dropped until the scheduler forms another group")
+                left = Left(self.rank, self.epoch, _text(error), isinstance(error, OutOfMemory))
+            # Not before: the error held the frames of the step, hence its tensors and the communicator.
+            self._leave(left)
 
     def _converse(self) -> int:
         while True:
-            if time.monotonic() >= self.beat_at:
-                self._send(Heartbeat(self.epoch) if self.epoch else self._hello())
+            self._beat()
             while self.launched and self.launched[0][1].ready:
                 self._answer()
             match self._receive():
@@ -119,8 +144,9 @@ class Worker:
                 case Allocate() as allocate if allocate.epoch == self.epoch and self.decoder:
                     self._allocate(self.decoder, allocate)
                 case Heartbeat(epoch) if epoch != self.epoch and self.epoch:
-                    log.info("the scheduler is a new one")
-                    self._leave()
+                    raise CalledAway("the scheduler forms another group")
+                case Event.LOST:
+                    raise PeerLost("messages of the scheduler were lost")
                 case Refused(why):
                     log.error("the scheduler refused this worker: %s", why)
                     return EXIT_CONFIG
@@ -129,27 +155,34 @@ class Worker:
                 case _:  # a heartbeat, or a message of another epoch
                     pass
 
-    def _receive(self) -> ToWorker | None:
+    def _receive(self) -> ToWorker | Lost | None:
         """The next message. Does not wait while there is something to answer."""
-        if self.inbox:
-            return self.inbox.popleft()
+        if self.ending:
+            return self.ending
         return self.link.receive(0.0 if self.launched else max(0.0, self.beat_at - time.monotonic()))
 
     def _send(self, message: Message) -> None:
         self.link.send(message)
         self.beat_at = time.monotonic() + HEARTBEAT_S
 
+    def _beat(self) -> None:
+        """A sign of life, when one is due. Called between pieces of work: who is silent hangs in one of them."""
+        if time.monotonic() >= self.beat_at:
+            self._send(Heartbeat(self.epoch, self.link.codec.bad_frames) if self.epoch else self._hello())
+
     def _hello(self) -> Hello:
         name = f"worker {self.rank} on {platform.node()}, pid {os.getpid()}"
         return Hello(PROTOCOL, "worker", name, self.rank, self.ready.fingerprint if self.ready else "")
 
-    def _leave(self) -> None:
+    def _leave(self, left: Left | None) -> None:
         """End what this epoch began. Rows go with it: no plan reaches them, and `Allocate` empties them."""
-        if self.group.size > 1:
-            self.group.close()
-            self.left = self.epoch
+        self.group.close()
         self.launched.clear()
-        self.epoch = NO_EPOCH
+        self.left, self.epoch, self.step = self.epoch or self.left, NO_EPOCH, None
+        if self.group.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if left and left.epoch:
+            self._send(left)
         self._send(self._hello())
 
     def _start(self, welcome: Welcome) -> None:
@@ -157,43 +190,48 @@ class Worker:
         if self.welcome and (welcome.config, welcome.model) != (self.welcome.config, self.welcome.model):
             raise ConfigError("the scheduler came back with other options; a worker must be started anew for them")
         self.epoch = welcome.epoch
-        self.launched.clear()
+        if self.decoder is None:
+            self.group = self._new_group(welcome)
+        # Who holds the weights waits for the others as long as the supervisor lets it: they are dear to load.
+        patience_s = math.inf if self.decoder else MEETING_S
+        self.group.join(welcome.rendezvous, epoch=welcome.epoch, patience_s=patience_s, meanwhile=self._stay)
+        if self.decoder is None:
+            self.decoder, self.welcome = self._load(welcome), welcome
         if self.ready is None:
-            self.decoder = self._load(welcome)
-            self.ready = _measured(welcome, self.rank, self.decoder)
-            self.welcome = welcome
-        else:
-            self._join(welcome)
+            self.ready = _measured(welcome, self.rank, self.decoder, self._beat)
         self._send(self.ready)
 
-    def _join(self, welcome: Welcome) -> None:
-        # Who has met the others before waits for them as long as the supervisor lets it: it holds what is dear to load.
-        patience_s = math.inf if self.ready else MEETING_S
-        self.group.join(welcome.rendezvous, epoch=welcome.epoch, patience_s=patience_s, meanwhile=self._stay)
-
     def _stay(self) -> None:
-        """Called while this rank waits for the others. Raises PeerLost when the scheduler has something else in mind."""
-        if time.monotonic() >= self.beat_at:
-            self._send(Heartbeat(self.epoch))  # a new scheduler learns of us by it
+        """Called while this rank waits for the others. Raises CalledAway when there is something else to do, and PeerLost
+        when something was missed that may have said so."""
+        self._beat()  # a new scheduler learns of us by it
         match self.link.receive(0.0):
             case Shutdown() | Refused() as message:
+                self.ending = message
+            case Welcome(epoch) | Heartbeat(epoch) if epoch != self.epoch:
                 pass
-            case Welcome(epoch) | Heartbeat(epoch) as message if epoch != self.epoch:
-                pass
+            case Event.LOST:
+                raise PeerLost("messages of the scheduler were lost while the ranks met")
             case _:
                 return
-        self.inbox.append(message)
-        raise PeerLost(f"rank {self.rank} was called away while the ranks met")
+        raise CalledAway("called away while the ranks met")
 
-    def _load(self, welcome: Welcome) -> Decoder:
+    def _new_group(self, welcome: Welcome) -> Group:
+        """For the model that the scheduler sees; raises ConfigError when this host has another."""
         config = welcome.config
         path = model_path(config.model.model)
-        if fingerprint(path) != welcome.model.fingerprint:
+        try:
+            found = fingerprint(path)
+        except OSError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        if found != welcome.model.fingerprint:
             raise ConfigError(f"{path}: this is not the checkpoint that the scheduler sees; compare the files")
-        device = pick_device(self.device or config.model.device, self.rank)
         set_threads(config)
-        self.group = Group(self.rank, config.parallel.tensor_parallel_size, device)
-        self._join(welcome)
+        device = pick_device(self.device or config.model.device, self.rank)
+        return Group(self.rank, config.parallel.tensor_parallel_size, device)
+
+    def _load(self, welcome: Welcome) -> Decoder:
+        path, started = model_path(welcome.config.model.model), time.monotonic()
         reported_at = 0.0
 
         def report(done: int, total: int) -> None:
@@ -203,15 +241,15 @@ class Worker:
                 detail = f"{done / 2**20:,.0f} of {total / 2**20:,.0f} MiB"
                 self._send(Progress("loading", done / total, detail))
 
-        started = time.monotonic()
         decoder = load_decoder(
             path,
-            config.model,
+            welcome.config.model,
             self.group,
-            device,
-            block_size=config.cache.block_size,
+            self.group.device,
+            block_size=welcome.config.cache.block_size,
             max_model_len=welcome.model.max_model_len,
             on_bytes=report,
+            between=self._beat,
         )
         log.info("loaded %s in %.2f s", path, time.monotonic() - started)
         return decoder
@@ -219,9 +257,8 @@ class Worker:
     def _allocate(self, decoder: Decoder, message: Allocate) -> None:
         assert self.welcome, "a decoder was loaded for somebody"
         self._send(Progress("allocating", 0.0))
-        size = (message.num_blocks, message.block_size)
-        if self.runner and (self.runner.num_blocks, self.runner.block_size) == size:
-            self.runner.forget()
+        if self.runner and self.runner.size == (message.num_blocks, message.block_size):
+            self.runner.rows.clear()
         else:
             self.runner = None  # before there is another: both may not fit
             self.runner = Runner(
@@ -230,20 +267,30 @@ class Worker:
                 max_len=self.welcome.model.max_model_len,
                 num_blocks=message.num_blocks,
                 block_size=message.block_size,
+                between=self._beat,
             )
         self._send(Progress("warming up", 0.0))
         self.runner.warm_up()
         self._send(Allocated(self.rank))
 
     def _launch(self, runner: Runner, plan: StepPlan) -> None:
-        pending = runner.launch(plan)
+        """Replay the next plan. One that comes again is dropped."""
+        if self.step is not None and plan.step <= self.step:
+            log.warning("dropped the plan of step %d, which came again", plan.step)
+            return
+        with failures.step():
+            if self.step is not None and plan.step != self.step + 1:
+                raise PlanError(f"step {plan.step} came behind step {self.step}")
+            pending = runner.launch(plan)
+        self.step = plan.step
         if self.rank == 0:
             self.launched.append((plan, pending))
 
     def _answer(self) -> None:
         """The oldest step that was launched."""
         plan, pending = self.launched.popleft()
-        output = pending.read()
+        with failures.step():
+            output = pending.read()
         for row, why in output.faults:
             self._send(RequestFault(plan.epoch, plan.step, row, why))
         counts = pack(int(token is not None) for token in output.tokens)
@@ -251,7 +298,7 @@ class Worker:
         self._send(StepResult(plan.epoch, plan.step, counts, tokens))
 
 
-def _measured(welcome: Welcome, rank: int, decoder: Decoder) -> WorkerReady:
+def _measured(welcome: Welcome, rank: int, decoder: Decoder, between: Callable[[], None]) -> WorkerReady:
     config = welcome.config
     available = kv_cache.available_bytes(
         config.cache,
@@ -263,6 +310,7 @@ def _measured(welcome: Welcome, rank: int, decoder: Decoder) -> WorkerReady:
             max_len=welcome.model.max_model_len,
             block_size=config.cache.block_size,
             num_tokens=config.scheduler.max_num_batched_tokens,
+            between=between,
         ),
     )
     return WorkerReady(

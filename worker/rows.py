@@ -58,6 +58,10 @@ class Rows:
         self.table_lengths: Ints = np.zeros(num_rows, dtype=np.int64)  # blocks
         self.sampling = SamplingTable(num_rows, vocab_size)
 
+    def clear(self) -> None:
+        """Release every row."""
+        self.lengths[:] = self.table_lengths[:] = 0
+
     def apply(self, plan: StepPlan) -> None:
         """Release, admit and grow, in this order. Raises PlanError for what cannot be.
 

@@ -4,6 +4,7 @@ A step has two halves. What follows from a plan is launched without waiting for 
 reads the ids afterwards, and may have launched the next step by then.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,32 +54,42 @@ class Pending:
 class Runner:
     """A decoder with KV memory of `num_blocks` blocks, besides the null block, and `num_rows` rows of `max_len` tokens.
 
-    Raises ConfigError when memory does not hold them.
+    `between` is called before each layer of each step. Raises ConfigError when memory does not hold them.
     """
 
-    def __init__(self, decoder: Decoder, *, num_rows: int, max_len: int, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_rows: int,
+        max_len: int,
+        num_blocks: int,
+        block_size: int,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
         self.decoder = decoder
+        self.between = between
         self.group = decoder.group
-        self.num_rows, self.max_len = num_rows, max_len
-        self.num_blocks, self.block_size = num_blocks, block_size
         self.cache = kv_cache.allocate(num_blocks, decoder.kv_shape, block_size, decoder.dtype, decoder.device)
-        self.forget()
-
-    def forget(self) -> None:
-        """Empty every row."""
         self.rows = Rows(
-            num_rows=self.num_rows,
-            max_len=self.max_len,
-            num_blocks=self.num_blocks,
-            block_size=self.block_size,
-            vocab_size=self.decoder.spec.vocab_size,
-            device=self.decoder.device,
+            num_rows=num_rows,
+            max_len=max_len,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            vocab_size=decoder.spec.vocab_size,
+            device=decoder.device,
         )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Usable blocks, and tokens in each."""
+        return self.rows.num_blocks, self.rows.block_size
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int = 1) -> None:
         """Run a step of padding, up to the logits: what comes first is slow. Its KV goes to block 0."""
-        counts = [min(self.max_len, num_tokens - i) for i in range(0, num_tokens, self.max_len)]
+        longest = self.rows.max_len
+        counts = [min(longest, num_tokens - i) for i in range(0, num_tokens, longest)]
         columns = Columns(
             rows=np.full(len(counts), self.rows.null_row),
             starts=np.zeros(len(counts), dtype=np.int64),
@@ -86,16 +97,17 @@ class Runner:
             samples=np.ones(len(counts), dtype=np.bool_),
         )
         batch = self._batch(columns)
-        self.decoder.head(self.decoder.forward(batch, self.cache)[batch.last_s])
+        self.decoder.head(self.decoder.forward(batch, self.cache, self.between)[batch.last_s])
 
     @torch.inference_mode()
     def rehearse_sampling(self) -> None:
         """Sample for every row at once, with all that sampling can be asked for. Leaves the rows' parameters overwritten."""
         params = SamplingParams(top_p=0.5, presence_penalty=1.0, repetition_penalty=1.1, seed=0)
-        rows, lengths = np.arange(self.num_rows), np.ones(self.num_rows, dtype=np.int64)
+        num_rows = self.rows.num_rows
+        rows, lengths = np.arange(num_rows), np.ones(num_rows, dtype=np.int64)
         for row in rows:
             self.rows.sampling.set(int(row), params, 1)
-        logits = torch.zeros(self.num_rows, self.decoder.spec.vocab_size, device=self.decoder.device)
+        logits = torch.zeros(num_rows, self.decoder.spec.vocab_size, device=self.decoder.device)
         self.decoder.backend.sample(logits, self.rows.sampling.select(rows, lengths), self.rows.tokens)
 
     @torch.inference_mode()
@@ -111,7 +123,7 @@ class Runner:
 
     def _run(self, columns: Columns, rows: Ints) -> tuple[Tensor, Tensor]:
         batch = self._batch(columns)
-        hidden = self.decoder.forward(batch, self.cache)
+        hidden = self.decoder.forward(batch, self.cache, self.between)
         if not len(rows):
             return _nothing()
         logits = self.decoder.head(hidden[batch.last_s])[: len(rows)]
@@ -141,11 +153,19 @@ def _event(device: torch.device) -> torch.Event | None:
     return event
 
 
-def peak_bytes(decoder: Decoder, *, num_rows: int, max_len: int, block_size: int, num_tokens: int) -> int:
+def peak_bytes(
+    decoder: Decoder,
+    *,
+    num_rows: int,
+    max_len: int,
+    block_size: int,
+    num_tokens: int,
+    between: Callable[[], None] = lambda: None,
+) -> int:
     """Memory that rows, a step of `num_tokens` and sampling for every row take on a GPU, besides weights and KV."""
     torch.cuda.reset_peak_memory_stats(decoder.device)
     before = torch.cuda.memory_allocated(decoder.device)
-    runner = Runner(decoder, num_rows=num_rows, max_len=max_len, num_blocks=0, block_size=block_size)
+    runner = Runner(decoder, num_rows=num_rows, max_len=max_len, num_blocks=0, block_size=block_size, between=between)
     runner.warm_up(num_tokens)
     runner.rehearse_sampling()
     return torch.cuda.max_memory_allocated(decoder.device) - before

@@ -55,7 +55,8 @@ def admit(
 
 @dataclass
 class Running:
-    prompt: list[int]
+    tokens: list[int]  # prompt, and output so far when it is taken up again
+    num_prompt: int
     sampling: SamplingParams = GREEDY
     row: int = -1
     length: int = 0
@@ -81,11 +82,16 @@ def random_script(
     num_blocks: int,
     budget: int = 40,
     sampling: Sequence[SamplingParams] = (),
+    outputs: Sequence[Sequence[int]] = (),
 ) -> Script:
-    """Continue every prompt by `new_tokens`: rows come and go, prompts are cut at random, blocks are dealt at random
-    and reused as soon as they are free, and a prompt whose beginning another one computed shares its blocks."""
+    """Continue every prompt by `new_tokens`, of which it has its `outputs` already: rows come and go, prompts are cut at
+    random, blocks are dealt at random and reused as soon as they are free, and a prompt whose beginning another one
+    computed shares its blocks."""
     rng = random.Random(seed)
-    sequences = [Running(list(p), sampling[i] if sampling else GREEDY) for i, p in enumerate(prompts)]
+    sequences = [
+        Running([*p, *(outputs[i] if outputs else ())], len(p), sampling[i] if sampling else GREEDY)
+        for i, p in enumerate(prompts)
+    ]
     free_blocks = rng.sample(range(1, num_blocks + 1), num_blocks)
     owners = dict.fromkeys(free_blocks, 0)
     free_rows = rng.sample(range(num_rows), num_rows)
@@ -102,11 +108,11 @@ def random_script(
         best: list[int] = []
         for other in (sequences[i] for i in running):
             same = 0
-            for mine, theirs in zip(sequence.prompt, other.prompt, strict=False):
+            for mine, theirs in zip(sequence.tokens, other.tokens, strict=False):
                 if mine != theirs:
                     break
                 same += 1
-            count = min(same, other.computed, len(sequence.prompt) - 1) // block_size
+            count = min(same, other.computed, len(sequence.tokens) - 1) // block_size
             best = max(best, other.blocks[:count], key=len)
         return best
 
@@ -115,19 +121,27 @@ def random_script(
         while waiting and free_rows and rng.random() < 0.7:
             sequence = sequences[waiting[0]]
             prefix = shared(sequence)
-            needed = math.ceil((len(sequence.prompt) + new_tokens) / block_size) - len(prefix)
+            needed = math.ceil((sequence.num_prompt + new_tokens) / block_size) - len(prefix)
             held = sum(
-                math.ceil((len(sequences[i].prompt) + new_tokens) / block_size) - len(sequences[i].blocks)
+                math.ceil((sequences[i].num_prompt + new_tokens) / block_size) - len(sequences[i].blocks)
                 for i in running
             )
             if needed + held > len(free_blocks):
                 break
             for block in prefix:
                 owners[block] += 1
-            sequence.row, sequence.length = free_rows.pop(), len(sequence.prompt)
+            sequence.row, sequence.length = free_rows.pop(), len(sequence.tokens)
             sequence.computed = len(prefix) * block_size
             sequence.blocks = [*prefix, *take(rng.randint(0, needed))]
-            admissions.append(admit(sequence.row, sequence.prompt, sequence.blocks, sampling=sequence.sampling))
+            admissions.append(
+                admit(
+                    sequence.row,
+                    sequence.tokens,
+                    sequence.blocks,
+                    sampling=sequence.sampling,
+                    num_prompt=sequence.num_prompt,
+                )
+            )
             running.append(waiting.pop(0))
         left = budget
         for i in rng.sample(running, rng.randint(0, len(running))):
@@ -151,7 +165,7 @@ def random_script(
         )
         script.samplers.append(samplers)
         released = []
-        for i in [i for i in running if sequences[i].length == len(sequences[i].prompt) + new_tokens]:
+        for i in [i for i in running if sequences[i].length == sequences[i].num_prompt + new_tokens]:
             running.remove(i)
             released.append(sequences[i].row)
             free_rows.append(sequences[i].row)

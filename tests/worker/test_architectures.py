@@ -80,7 +80,7 @@ def test_logits_are_those_of_transformers(
     for seed in range(2):
         script = script_for(path, seed)
         check(path, oracle(path), script, *replay(runner, script.plans))
-        runner.forget()
+        runner.rows.clear()
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -127,7 +127,7 @@ def test_a_requests_logits_are_the_same_bits_in_any_company(checkpoint: Callable
     together = script_for(path, 1)
     expected = by_sequence(together, replay(runner, together.plans)[1])
     for i, prompt in enumerate(prompts(path)):
-        runner.forget()
+        runner.rows.clear()
         alone = random_script([prompt], NEW_TOKENS, seed=i, num_rows=4, block_size=8, num_blocks=NUM_BLOCKS, budget=200)
         got = by_sequence(alone, replay(runner, alone.plans)[1])[0]
         assert torch.equal(torch.stack(got), torch.stack(expected[i]))

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.common.errors import ConfigError
+from quire.worker import meeting, parallel
+from quire.worker.meeting import Folder
 from quire.worker.parallel import Group, PeerLost
 
 CODE = """
@@ -63,6 +65,52 @@ def test_a_wait_for_ranks_can_be_ended(tmp_path: Path) -> None:
 
     with pytest.raises(PeerLost, match="elsewhere"):
         Group(1, 3).join(f"file://{tmp_path}/meet", meanwhile=called_away)
+
+
+def test_a_rank_that_came_and_died_is_not_waited_for_in_vain(tmp_path: Path) -> None:
+    """It never says where it listens, so nobody can connect: whoever calls this rank away is heard meanwhile."""
+
+    class Elsewhere(Exception):
+        pass
+
+    calls = 0
+
+    def called_away() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise Elsewhere
+
+    died = Folder(tmp_path / "meet", epoch=3, size=2)
+    died.set("here/1", b"1")
+    group = Group(0, 2)
+    with pytest.raises(Elsewhere):
+        group.join(f"file://{tmp_path}/meet", epoch=3, meanwhile=called_away)
+    assert len(list((tmp_path / "meet").iterdir())) > 1
+    group.close()
+    died.leave()
+    assert not (tmp_path / "meet").exists()
+
+
+def test_a_rank_that_came_and_says_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "ADDRESSES_S", 0.1)
+    Folder(tmp_path / "meet", epoch=3, size=2).set("here/1", b"1")
+    with pytest.raises(PeerLost, match="met the others and lost them again"):
+        Group(0, 2).join(f"file://{tmp_path}/meet", epoch=3)
+
+
+def test_a_rendezvous_on_another_host_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--master-addr"):
+        Group(0, 2).join(f"file://{tmp_path}/of/another/host")
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "LISTENING_S", 0.1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match="rank 0 cannot listen"):
+            Group(0, 2).join(f"tcp://127.0.0.1:{taken.getsockname()[1]}")
 
 
 @pytest.mark.parametrize("rendezvous", ["", "file://", "tcp://host", "http://host:1", "/path"])

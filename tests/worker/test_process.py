@@ -1,169 +1,29 @@
-"""The worker process against a scheduler made of a `Hub`, over real sockets."""
+"""The worker process from Hello to its end, against a scheduler made of a `Hub`, over real sockets."""
 
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import zmq
 
-from quire.common.channel import Hub, wires
-from quire.common.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
-from quire.common.errors import EXIT_CONFIG, EXIT_FATAL
+from quire.common.errors import EXIT_CONFIG
 from quire.common.messages import (
-    PROTOCOL,
-    Allocate,
-    Allocated,
-    FromWorker,
     Heartbeat,
     Hello,
-    Progress,
     Refused,
     RequestFault,
     Shutdown,
     StepResult,
     Welcome,
     WorkerFault,
-    WorkerReady,
     unpack,
 )
-from quire.common.model_info import read_model_info
 from quire.common.process import END
 
 from ..checkpoints import oracle_greedy
 from .plans import admit, make_plan
-
-PATIENCE_S = 60.0
-CODE = """
-import sys, logging
-from quire.worker.process import main
-logging.basicConfig(level="INFO")
-sys.exit(main(scheduler=sys.argv[1], rank=int(sys.argv[2]), device=None, supervised=True))
-"""
-BLOCK_SIZE = 8
-PROMPT = [5, 9, 200, 31, 7]
-
-
-class Scheduler:
-    """The scheduler's end of the workers' wire, told what to say by the tests."""
-
-    def __init__(self, folder: Path, path: Path, size: int = 1, **model: Any) -> None:
-        self.address = f"ipc://{folder}"
-        self.config = EngineConfig(
-            model=ModelConfig(model=str(path), dtype="float32", **model),
-            cache=CacheConfig(block_size=BLOCK_SIZE, kv_cache_memory=1 << 20),
-            scheduler=SchedulerConfig(max_num_seqs=4),
-            parallel=ParallelConfig(tensor_parallel_size=size, threads=1),
-        )
-        self.info = read_model_info(str(path), path, max_model_len=64)
-        self.folder, self.size = folder, size
-        self.context = zmq.Context()
-        self.workers: list[subprocess.Popen[bytes]] = []
-        self.epoch = 0
-        self.listen(epoch=7)
-
-    def listen(self, epoch: int) -> None:
-        """Start, or start anew."""
-        if self.epoch:
-            self.hub.close()
-        self.hub: Hub[FromWorker] = Hub(self.context, wires(self.address)[1], FromWorker)
-        self.form_group(epoch)
-
-    def form_group(self, epoch: int) -> None:
-        """The workers are to meet anew."""
-        self.epoch = epoch
-        self.rendezvous = f"file://{self.folder}/rendezvous-{epoch}" if self.size > 1 else ""
-        self.peers: dict[int, bytes] = {}
-        self.hellos: dict[int, Hello] = {}
-
-    def start_worker(self, rank: int = 0) -> subprocess.Popen[bytes]:
-        self.workers.append(subprocess.Popen([sys.executable, "-c", CODE, self.address, str(rank)]))
-        return self.workers[-1]
-
-    def expect(self, kind: type, patience_s: float = PATIENCE_S) -> tuple[bytes, Any]:
-        """The next message that is of this kind, heartbeats and progress aside."""
-        deadline = time.monotonic() + patience_s
-        while time.monotonic() < deadline:
-            received = next(self.hub.received(1000), None)
-            if received is None:
-                time.sleep(0.002)
-            elif isinstance(received[1], StepResult) and received[1].epoch != self.epoch:
-                continue  # of a plan of the scheduler before
-            elif isinstance(received[1], kind):
-                return received
-            else:
-                assert isinstance(received[1], Heartbeat | Progress | Hello), received[1]
-                if received[0] not in self.peers.values() and not isinstance(received[1], Hello):
-                    self.hub.send(received[0], Heartbeat(0))  # who are you?
-        raise AssertionError(f"no {kind.__name__} came")
-
-    def welcome(self) -> None:
-        identity, hello = self.expect(Hello)
-        assert hello.protocol == PROTOCOL
-        self.peers[hello.rank], self.hellos[hello.rank] = identity, hello
-        self.hub.send(identity, Welcome(self.epoch, self.config, self.info, self.rendezvous))
-
-    def meet(self, num_blocks: int = 12) -> list[WorkerReady]:
-        """The handshake of all ranks, up to the first plan."""
-        while len(self.peers) < self.size:
-            self.welcome()
-        ready = [self.expect(WorkerReady)[1] for _ in range(self.size)]
-        self.tell(Allocate(self.epoch, num_blocks, BLOCK_SIZE))
-        for _ in range(self.size):
-            self.expect(Allocated)
-        return ready
-
-    def tell(self, message: Any) -> None:
-        for identity in self.peers.values():
-            assert self.hub.send(identity, message)
-
-    def plan(self, *args: Any, **fields: Any) -> None:
-        self.tell(make_plan(*args, **{"epoch": self.epoch, **fields}))
-
-    def continue_prompt(self, new_tokens: int) -> list[int]:
-        """Two steps in flight: each is planned before the one before it has answered."""
-        length = len(PROMPT)
-        self.plan(0, [(2, 0, length, True)], admitted=[admit(2, PROMPT, [3, 1, 4, 2])])
-        for step in range(1, new_tokens):
-            self.plan(step, [(2, length + step - 1, 1, True)])
-        ids = []
-        for step in range(new_tokens):
-            identity, result = self.expect(StepResult)
-            assert (identity, result.epoch, result.step) == (self.peers[0], self.epoch, step)
-            assert unpack(result.counts) == [1]
-            ids += unpack(result.tokens)
-        self.plan(new_tokens, [], released=[2])
-        assert unpack(self.expect(StepResult)[1].tokens) == []
-        return ids
-
-    def close(self) -> None:
-        for worker in self.workers:
-            worker.kill()
-            worker.wait()
-        self.hub.close()
-        self.context.term()
-
-
-@pytest.fixture
-def scheduler(tmp_path: Path, checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Scheduler]]:
-    made: list[Scheduler] = []
-
-    def make(name: str = "qwen3", **options: Any) -> Scheduler:
-        made.append(Scheduler(tmp_path, checkpoint(name), **options))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
-
-
-@pytest.fixture
-def expected(checkpoint: Callable[[str], Path], oracle: Callable[[Path], Any]) -> list[int]:
-    return oracle_greedy(oracle(checkpoint("qwen3")), PROMPT, 12)
+from .scheduler import BLOCK_SIZE, PROMPT, Scheduler
 
 
 def test_from_hello_to_shutdown(scheduler: Callable[..., Scheduler], expected: list[int]) -> None:
@@ -218,29 +78,6 @@ def test_a_new_scheduler_finds_the_weights_loaded(
     assert [worker.wait(10) for worker in workers] == [0] * size
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_rank_outlives_the_other(scheduler: Callable[..., Scheduler], expected: list[int], lost: int) -> None:
-    there = scheduler(size=2)
-    workers = [there.start_worker(rank) for rank in range(2)]
-    there.meet()
-    there.plan(0, [(2, 0, len(PROMPT), True)], admitted=[admit(2, PROMPT, [3])])
-    there.expect(StepResult)
-    workers[lost].kill()
-    workers[lost].wait()
-    stayed = there.peers.pop(1 - lost)
-    there.peers = {1 - lost: stayed}
-    there.plan(1, [(2, len(PROMPT), 1, True)])  # an exchange that nobody else takes part in
-    there.expect(Hello)
-    there.tell(Welcome(there.epoch, there.config, there.info, there.rendezvous))  # of the group that is no more
-    there.expect(Hello)
-    there.form_group(epoch=8)
-    there.start_worker(lost)
-    there.meet()
-    assert there.hellos[1 - lost].fingerprint == there.info.fingerprint
-    assert there.peers[1 - lost] == stayed
-    assert there.continue_prompt(12) == expected
-
-
 def test_a_rank_that_waits_for_another_hears_what_it_is_told(scheduler: Callable[..., Scheduler]) -> None:
     there = scheduler(size=2)
     worker = there.start_worker(0)
@@ -292,15 +129,6 @@ def test_a_model_that_cannot_be_served(
         assert worker.wait(10) == EXIT_CONFIG
     finally:
         there.close()
-
-
-def test_a_plan_that_cannot_be_is_fatal(scheduler: Callable[..., Scheduler]) -> None:
-    there = scheduler()
-    worker = there.start_worker()
-    there.meet()
-    there.plan(0, [(1, 0, 3, False)])
-    assert "row 1" in there.expect(WorkerFault)[1].why
-    assert worker.wait(10) == EXIT_FATAL
 
 
 def test_a_row_of_nan_is_told_and_its_neighbours_go_on(

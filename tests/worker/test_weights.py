@@ -158,16 +158,18 @@ def test_wrong_type(copy: Path) -> None:
     refused(copy, DOWN, "I8")
 
 
-def test_leftover_tensors_are_told_except_those_that_follow_from_the_config(
-    copy: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_leftover_tensors_are_refused_except_those_that_follow_from_the_config(copy: Path) -> None:
     rewrite(copy, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)}))
     load(copy)
-    assert not caplog.records
-    rewrite(copy, lambda tensors: tensors.update({"model.extra": torch.zeros(6)}))
-    load(copy)
-    assert "model.extra" in caplog.text
-    assert "inv_freq" not in caplog.text
+    extra = {f"model.extra.{i:02}": torch.zeros(6) for i in range(12)}
+    rewrite(copy, lambda tensors: tensors.update(extra))
+    refused(copy, "12 tensors", "model.extra.00 in model.safetensors", "model.extra.09", "and 2 more")
+
+
+def test_a_head_that_is_tied_may_be_stored_all_the_same(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(checkpoint("qwen2-mqa"), tmp_path / "tied"))
+    rewrite(path, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBED].clone()}))
+    load(path)
 
 
 def test_random_weights_need_only_the_config(copy: Path) -> None:

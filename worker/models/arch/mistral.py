@@ -8,5 +8,5 @@ from .llama import llama
 
 def build(config: ModelFile) -> Decoder:
     # Null is full attention. A file that does not say has transformers' default, which is not for us to guess.
-    window = config["sliding_window"] and config.count("sliding_window")
+    window = None if config["sliding_window"] is None else config.count("sliding_window")
     return llama(config, [window for _ in full_attention(config)])
