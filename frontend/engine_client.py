@@ -1,33 +1,25 @@
-"""The frontend's end of the wire to the scheduler: one connection, many sequences.
+"""The frontend's side of the engine: its state, and many sequences over one conversation with the scheduler.
 
-Holds each request until its reader has it all, so that a restarted scheduler can be given it again: a stream pauses,
-its reader sees no error. Works on any running event loop; call everything on that loop.
+Holds each request until its reader has it all. When the scheduler is another than before, or frames were lost, every
+open sequence is submitted again with the ids that are here: a stream pauses, its reader sees no error. While there is
+no scheduler, requests wait here. Works on any running event loop; call everything on that loop.
 """
 
 import asyncio
-import itertools
 import logging
-import os
-import socket
 import time
 from collections.abc import Sequence
 
-import zmq.asyncio
-
-from ..common.channel import AsyncLink, wires
-from ..common.config import EngineConfig
-from ..common.errors import ConfigError, EngineError, QuireError
+from ..common.channel import LOST, Lost, wires
+from ..common.config import EngineConfig, SchedulerConfig
+from ..common.curve import PeerKeys
+from ..common.errors import ConfigError, EngineError, QuireError, RequestError
 from ..common.messages import (
-    HEARTBEAT_S,
     PEER_TIMEOUT_S,
-    PROTOCOL,
     Abort,
     Capacity,
     GetStats,
     Heartbeat,
-    Hello,
-    Message,
-    Output,
     Outputs,
     Refused,
     Shutdown,
@@ -38,44 +30,41 @@ from ..common.messages import (
 )
 from ..common.model_info import ModelInfo
 from ..common.sampling import SamplingParams
+from .errors import retry_after
+from .scheduler_link import SchedulerLink
+from .sequences import Sequences
 from .streams import EngineDead, Routing, TokenStream
 
 log = logging.getLogger(__name__)
 
 STATS_TIMEOUT_S = 1.0
+CONNECTING = Status(phase="connecting")
+SERVING = frozenset({"ready", "recovering", "stalled"})  # phases in which the scheduler takes sequences
+QUEUED_PER_SEQ = 16  # what --max-num-queued-reqs is by default, for each of --max-num-seqs
 
 
 class EngineClient:
     """Connects to the scheduler at `address`, keeps the connection, and submits sequences.
 
-    `async with EngineClient(address) as client` runs it. Sequences may be submitted once `wait_welcome` has returned;
-    they are sent when the engine is ready.
+    `async with EngineClient(address) as client` runs it; `keys` are for a scheduler that asks for them. Sequences may
+    be submitted once `wait_welcome` has returned; they are sent when the scheduler takes them.
     """
 
-    def __init__(self, address: str) -> None:
-        self.status = Status(phase="connecting")
+    def __init__(self, address: str, keys: PeerKeys | None = None) -> None:
+        self.status = CONNECTING  # what the scheduler said last; "connecting" when there is none
+        self.capacity: Capacity | None = None  # what the engine can hold, once it has been ready
+        self.served = False  # the engine has been ready
         self.failure: QuireError | None = None  # why the engine is gone for good
         self.ended = False  # failed, or said goodbye
-        self._address = wires(address)[0]
-        self._welcome: Welcome | None = None
-        self._streams: dict[int, TokenStream] = {}  # those the scheduler holds, by wire id
-        self._unsent: list[TokenStream] = []  # those that wait until the engine is ready
-        self._ids = itertools.count(1)
-        self._outbox: asyncio.Queue[Message] = asyncio.Queue()
+        self._address, self._keys = wires(address)[0], keys
+        self._link = SchedulerLink(self._hear, self._heard_again, self._broke)
+        self._sequences = Sequences()
         self._changed = asyncio.Event()
-        self._heard = time.monotonic()
-        self._lost = False  # welcomed once, but the scheduler has been silent or has restarted since
         self._stats = b""
         self._stats_waiter: asyncio.Future[bytes] | None = None
-        self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "EngineClient":
-        self._context = zmq.asyncio.Context()
-        self._link: AsyncLink[ToFrontend] = AsyncLink(self._context, self._address, ToFrontend)
-        for work in (self._receive(), self._send(), self._beat()):
-            task = asyncio.create_task(work)
-            task.add_done_callback(self._task_ended)
-            self._tasks.append(task)
+        self._link.connect(self._address, self._keys)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -83,16 +72,10 @@ class EngineClient:
 
     async def close(self) -> None:
         """Abort what runs and disconnect. Streams that are still read end with EngineDead."""
-        if open_ids := list(self._streams):
-            self._outbox.put_nowait(Abort(open_ids))
-        self._end(EngineDead("the connection to the engine was closed"))
-        while not self._outbox.empty() and not any(task.done() for task in self._tasks):
-            await asyncio.sleep(0)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._link.close()
-        await asyncio.to_thread(self._context.term)  # waits until the Abort is out, a second at most
+        abort = Abort(self._sequences.held_ids)
+        if not self.ended:
+            self._finish(EngineDead("the connection to the engine was closed"))
+        await self._link.close([abort])
 
     @property
     def config(self) -> EngineConfig:
@@ -103,21 +86,21 @@ class EngineClient:
         return self._greeting.model
 
     @property
-    def capacity(self) -> Capacity | None:
-        """What the engine can hold; None until it is ready."""
-        return self.status.capacity
+    def ready(self) -> bool:
+        return self.status.phase == "ready" and self._takes_sequences
 
     @property
-    def ready(self) -> bool:
-        return self.status.phase == "ready" and not self._lost and not self.ended
+    def silent(self) -> bool:
+        """The scheduler was there, and has not been heard for PEER_TIMEOUT_S."""
+        return self._link.silent
 
     async def changed(self) -> None:
-        """Return at the next change of `status`, `failure` or `ended`."""
+        """Return at the next change of `status`, `failure` or `ended`, and when the scheduler is heard again."""
         await self._changed.wait()
 
     async def wait_welcome(self) -> Welcome:
         """The scheduler's greeting. Raises what went wrong when there will be none."""
-        while self._welcome is None and not self.ended:
+        while self._link.welcome is None and not self.ended:
             await self.changed()
         self._raise_if_ended()
         return self._greeting
@@ -134,6 +117,15 @@ class EngineClient:
             await self.changed()
         return self.failure
 
+    def give_up(self, why: str) -> None:
+        """The engine is gone for good, as somebody knows who started it. Every stream ends with EngineDead."""
+        self._end(EngineDead(why))
+
+    def dismiss(self, error: QuireError) -> None:
+        """End every sequence with `error`. The engine goes on."""
+        self._link.post(Abort(self._sequences.held_ids))
+        self._sequences.end(error)
+
     def submit(
         self,
         prompt: Sequence[int],
@@ -144,20 +136,29 @@ class EngineClient:
     ) -> TokenStream:
         """Start one sequence. `sampling` is resolved; `wake` is set when there is something to take.
 
-        Raises EngineDead when the engine is gone.
+        Raises EngineDead when the engine is gone, RequestError when too many wait for a scheduler.
         """
         if self.ended:
             raise self._gone()
+        if not self._takes_sequences and len(self._sequences) >= num_held(self.config.scheduler):
+            raise RequestError(
+                "too many requests wait for the engine to recover",
+                status=self._overload_status,
+                code="overloaded",
+                headers=retry_after(PEER_TIMEOUT_S),
+            )
         stream = TokenStream(prompt, sampling, routing or Routing(), abort=self._abort, wake=wake or asyncio.Event())
-        self._unsent.append(stream)
-        self._send_unsent()
+        self._sequences.add(stream)
+        self._submit_due()
         return stream
 
     async def stats(self) -> bytes:
         """The scheduler's metrics in Prometheus' text format; the last known ones when it does not answer."""
+        if not self._link.connected or self.silent:
+            return self._stats
         if self._stats_waiter is None:
             self._stats_waiter = asyncio.get_running_loop().create_future()
-            self._outbox.put_nowait(GetStats())
+            self._link.post(GetStats())
         try:
             async with asyncio.timeout(STATS_TIMEOUT_S):
                 return await asyncio.shield(self._stats_waiter)
@@ -165,37 +166,14 @@ class EngineClient:
             self._stats_waiter = None
             return self._stats
 
-    async def _receive(self) -> None:
-        while True:
-            message = await self._link.receive()
-            self._heard = time.monotonic()
-            if message is not None:
-                self._handle(message)
+    # --- what the scheduler says --------------------------------------------------------------------------------------
 
-    async def _send(self) -> None:
-        while True:
-            await self._link.send(await self._outbox.get())
-
-    async def _beat(self) -> None:
-        while True:
-            silent = time.monotonic() - self._heard > PEER_TIMEOUT_S
-            if self._welcome is not None and silent and not self._lost:
-                log.warning("the scheduler has been silent for %.0f s", PEER_TIMEOUT_S)
-                self._lose()
-            elif self._welcome is None or self._lost:
-                self._outbox.put_nowait(self._hello())
-            else:
-                self._outbox.put_nowait(Heartbeat(self._welcome.epoch))
-            await asyncio.sleep(HEARTBEAT_S)
-
-    def _handle(self, message: ToFrontend) -> None:
+    def _hear(self, message: ToFrontend | Lost) -> None:
         match message:
             case Outputs():
-                for output in message.outputs:
-                    self._output(output)
+                self._output(message)
             case Heartbeat():
-                if self._welcome is not None and message.epoch != self._welcome.epoch and not self._lost:
-                    self._lose()
+                self._submit_due()  # those that had a rest
             case Welcome():
                 self._welcomed(message)
             case Status():
@@ -209,84 +187,80 @@ class EngineClient:
                 self._end(ConfigError(f"the scheduler at {self._address} refused the connection: {message.why}"))
             case Shutdown():
                 self._end(None)
+            case _ if message is LOST:
+                self.status = CONNECTING
+                self._announce()
 
-    def _output(self, output: Output) -> None:
-        stream = self._streams.get(output.id)
-        if stream is None:  # aborted meanwhile
-            return
-        stream.accept(output)
-        if stream.done:
-            del self._streams[output.id]
-            if output.finish is None:  # ended here, by a gap; the engine does not know
-                self._outbox.put_nowait(Abort([output.id]))
+    def _output(self, message: Outputs) -> None:
+        now = time.monotonic()
+        for output in message.outputs:
+            unwanted = self._sequences.accept(output, overload_status=self._overload_status, now=now)
+            if unwanted is not None:
+                self._link.post(Abort([unwanted]))
+        self._submit_due()  # a suspect that had a token makes room for the next
 
     def _welcomed(self, welcome: Welcome) -> None:
-        known = self._welcome is not None and welcome.epoch == self._welcome.epoch and not self._lost
-        if known:  # the answer to a Hello that was repeated
-            return
-        if self._welcome is not None:
-            self._withdraw()
-            self.status = Status(phase="connecting")
-        self._welcome = welcome
-        self._lost = False
+        before = self._link.welcome
+        if before is not None:
+            if _tokenizer_of(welcome) != _tokenizer_of(before):
+                self._end(EngineDead(f"the scheduler serves another model than before: {welcome.model.model}"))
+                return
+            if num_again := self._sequences.withdraw(died=welcome.epoch != before.epoch):
+                log.info("submitting %d open sequences again", num_again)
+        self.status = CONNECTING  # until it says more, which it does at once
         self._announce()
 
     def _status(self, status: Status) -> None:
         self.status = status
+        self.capacity = status.capacity or self.capacity
+        self.served |= status.phase in SERVING
         if status.phase == "failed":
             self._end(EngineDead(status.detail or "the engine failed"))
         self._announce()
-        self._send_unsent()
+        self._submit_due()
 
-    def _lose(self) -> None:
-        """The scheduler that welcomed this process is gone or has dropped it: say Hello until it welcomes again."""
-        self._lost = True
-        self.status = Status(phase="connecting")
-        self._outbox.put_nowait(self._hello())
+    def _heard_again(self) -> None:
         self._announce()
+        self._submit_due()
 
-    def _withdraw(self) -> None:
-        """Take every open sequence back, to submit it again with the ids that are here.
+    def _broke(self, error: BaseException) -> None:
+        log.error("the connection to the engine broke", exc_info=error)
+        self._end(EngineDead("the connection to the engine broke"))
 
-        The scheduler may still hold some, if only its heartbeats were lost; under new ids the old ones cannot interfere.
-        """
-        if self._streams:
-            self._outbox.put_nowait(Abort(list(self._streams)))
-            log.info("submitting %d open sequences again", len(self._streams))
-        self._unsent = [*self._streams.values(), *self._unsent]
-        self._streams = {}
+    # --- what follows from it -----------------------------------------------------------------------------------------
 
-    def _send_unsent(self) -> None:
-        if not self.ready or not self._unsent:
-            return
-        for stream in self._unsent:
-            if not stream.done:
-                stream.id = next(self._ids)
-                self._streams[stream.id] = stream
-                self._outbox.put_nowait(stream.submission())
-        self._unsent.clear()
+    @property
+    def _takes_sequences(self) -> bool:
+        return self._link.connected and self.status.phase in SERVING and not self.ended and not self.silent
+
+    @property
+    def _overload_status(self) -> int:
+        return int(self.config.server.overload_status)
+
+    def _submit_due(self) -> None:
+        if self._takes_sequences:
+            for submission in self._sequences.due(time.monotonic()):
+                self._link.post(submission)
 
     def _abort(self, stream: TokenStream) -> None:
-        if self._streams.pop(stream.id, None) is not None:
-            self._outbox.put_nowait(Abort([stream.id]))
+        id = self._sequences.remove(stream)
+        if id is not None:
+            self._link.post(Abort([id]))
+            self._submit_due()
 
     def _end(self, failure: QuireError | None) -> None:
-        if self.ended:
-            return
+        if not self.ended:
+            self._link.stop()
+            self._finish(failure)
+
+    def _finish(self, failure: QuireError | None) -> None:
         self.ended, self.failure = True, failure
-        for stream in (*self._streams.values(), *self._unsent):
-            stream.fail(self._gone())
-        self._streams, self._unsent = {}, []
+        self._sequences.end(self._gone())
         self._announce()
 
     def _announce(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-    def _task_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("the connection to the engine broke", exc_info=error)
-            self._end(EngineDead("the connection to the engine broke"))
 
     def _raise_if_ended(self) -> None:
         if self.ended:
@@ -298,9 +272,16 @@ class EngineClient:
 
     @property
     def _greeting(self) -> Welcome:
-        if self._welcome is None:
+        if self._link.welcome is None:
             raise EngineError("the scheduler has not answered yet")
-        return self._welcome
+        return self._link.welcome
 
-    def _hello(self) -> Hello:
-        return Hello(protocol=PROTOCOL, role="frontend", name=f"frontend {socket.gethostname()} {os.getpid()}")
+
+def num_held(config: SchedulerConfig) -> int:
+    """Sequences that may be open while there is no scheduler to take them: as many as one would take."""
+    return config.max_num_seqs + (config.max_num_queued_reqs or QUEUED_PER_SEQ * config.max_num_seqs)
+
+
+def _tokenizer_of(welcome: Welcome) -> tuple[str, str | None]:
+    """What decides whether the tokenizer that is loaded fits."""
+    return welcome.model.fingerprint, welcome.config.model.tokenizer

@@ -1,21 +1,24 @@
 """What every request passes before a route sees it. Plain ASGI: nothing here buffers a body or a response."""
 
-import hmac
 import string
+import time
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..common import keys
 from ..common.errors import RequestError
-from . import errors
+from ..common.messages import Quota
+from . import errors, keys
 
 MAX_URL_BYTES = 8 << 10
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 64 << 10  # all of them
 MAX_REQUEST_ID = 128
-OPEN_PATHS = frozenset({"/health", "/ready"})  # a probe has no key
+OPEN_PATHS = frozenset({"/health", "/ready", "/startup"})  # a probe has no key
+INFERENCE_PATHS = frozenset({"/tokenize", "/detokenize"})  # besides /v1/; all else is an operator's
+SMALL_BODY = 256 << 10
+LARGE_BODIES = 16  # of the largest size, that may be arriving at once; small ones always may
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _ID_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.:")
 
@@ -85,56 +88,79 @@ class AllowedHosts:
 
 
 class ApiKeys:
-    """Every path but the probes' asks for one of the keys. Leaves a name for the key in `state["principal"]`."""
+    """Every path but the probes' asks for a key whose scope it is. Leaves the key's `principal` and `quota` in `state`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.digests: tuple[str, ...] = ()
-
-    def use(self, digests: Iterable[str]) -> None:
-        """From now on, the keys that `common.keys` made these of; none: nobody is asked."""
-        self.digests = tuple(digests)
+        self.ring = keys.KeyRing()  # nobody is asked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        principal = ""
-        if self.digests and scope["path"] not in OPEN_PATHS:
-            scheme, _, key = _header(scope, b"authorization").partition(b" ")
-            given = keys.digest(key.strip())
-            # All of them: time must not tell which.
-            matches = [hmac.compare_digest(given, known) for known in self.digests]
-            if scheme.lower() != b"bearer" or not any(matches):
-                await answer(
-                    RequestError("missing or wrong API key; send 'Authorization: Bearer KEY'", status=401), send
-                )
+        state = scope.setdefault("state", {})
+        state["principal"], state["quota"] = "", Quota()
+        known = self.ring.current(time.monotonic())
+        needed = scope_of(scope["path"])
+        if known and needed is not None:
+            scheme, _, sent = _header(scope, b"authorization").partition(b" ")
+            key = keys.find(known, sent.strip())
+            if scheme.lower() != b"bearer" or key is None:
+                message = "missing or wrong API key; send 'Authorization: Bearer KEY'"
+                await answer(RequestError(message, status=401), send)
                 return
-            principal = given.removeprefix("sha256:")[:16]
-        scope.setdefault("state", {})["principal"] = principal
+            if needed not in key.scopes:
+                message = f"this needs a key with the scope {needed}; the key {key.tenant} has {', '.join(key.scopes)}"
+                await answer(RequestError(message, status=403, code="scope_missing"), send)
+                return
+            state["principal"], state["quota"] = key.tenant, key.quota
         await self.app(scope, receive, send)
 
 
+def scope_of(path: str) -> keys.Scope | None:
+    """What a key needs for a path, as the router reads it; None for what is open."""
+    if path in OPEN_PATHS:
+        return None
+    return "inference" if path.startswith("/v1/") or path in INFERENCE_PATHS else "admin"
+
+
 class BodyLimit:
-    """A body of at most `limit` bytes, counted as it comes."""
+    """A body of at most `limit` bytes, counted as it comes, and a bound on all that are being received."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app = app
         self.limit = limit
+        self._held = 0  # bytes of requests without an answer so far
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         declared = _header(scope, b"content-length")
         if declared.isdigit() and int(declared[:20]) > self.limit:
             await answer(self._too_large(), send)
             return
-        received = 0
+        received = held = 0
 
         async def receive_counted() -> Message:
-            nonlocal received
+            nonlocal received, held
             message = await receive()
-            received += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            received, held = received + size, held + size
+            self._held += size
             if received > self.limit:
                 raise self._too_large()
+            if received > SMALL_BODY and self._held > self.limit * LARGE_BODIES:
+                raise RequestError("too many large requests are arriving at once", status=503)
             return message
 
-        await self.app(scope, receive_counted, send)
+        def let_go() -> None:
+            nonlocal held
+            self._held -= held
+            held = 0
+
+        async def send_counted(message: Message) -> None:
+            let_go()
+            await send(message)
+
+        try:
+            await self.app(scope, receive_counted, send_counted)
+        finally:
+            let_go()
 
     def _too_large(self) -> RequestError:
         return RequestError(f"the request body is larger than {self.limit} bytes (--max-body-bytes)", status=413)

@@ -2,19 +2,23 @@
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
+import signal
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 import uvloop
 
 from ..common.config import ModelConfig, ServerConfig
+from ..common.curve import PeerKeys
 from ..common.errors import EXIT_CONFIG, EXIT_FATAL, ConfigError, QuireError
 from ..common.model_info import model_path
-from ..common.process import on_termination
+from ..common.process import GONE, on_termination
 from .app import App
 from .engine_client import EngineClient
 from .generator import Generator
@@ -26,16 +30,22 @@ from .tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 5
-FAREWELL_S = 2.0  # for the last events of streams when the engine is gone
+FAREWELL_S = 0.5  # for clients to take the last event of their stream; after GONE all is to be over within 2 s
+CUT_OFF_S = 0.3  # for requests to notice that their clients were cut off
 
 
-def main(*, scheduler: str, sock: socket.socket, supervised: bool, log_level: str) -> int:
+def main(*, scheduler: str, sock: socket.socket, supervised: bool, log_level: str, keys: PeerKeys | None = None) -> int:
     """Serve HTTP on `sock`, which is bound and listening, for the scheduler at `scheduler`. Returns the exit code.
 
-    At SIGTERM running requests get `drain_timeout` to finish, then it returns 0; a second SIGTERM ends them.
+    At SIGTERM running requests get `drain_timeout` to finish, then it returns 0; a second SIGTERM ends them. At GONE
+    every request ends with an error, and it returns EXIT_FATAL. `keys` are for a scheduler on another host.
     """
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(scheduler, sock, supervised=supervised, log_level=log_level))
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(EngineClient(scheduler, keys), sock, supervised=supervised, log_level=log_level))
+    finally:
+        signal.signal(GONE, signal.SIG_IGN)  # there is no loop any more to act on it
+        gc.freeze()  # or the interpreter looks through everything again before it ends: half a second on a busy host
 
 
 class _Server(uvicorn.Server):
@@ -45,41 +55,42 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(scheduler: str, sock: socket.socket, *, supervised: bool, log_level: str) -> int:
-    async with EngineClient(scheduler) as client:
+async def _serve(engine: EngineClient, sock: socket.socket, *, supervised: bool, log_level: str) -> int:
+    async with engine as client:
         service = Service(client)
         app = App(service, _host_names(sock))
         server = _Server(
             uvicorn.Config(
-                app, http=BoundedHttpProtocol, ws="none", lifespan="off", log_config=None, log_level=_uvicorn_level(log_level),
-                access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S,
+                app, http=partial(BoundedHttpProtocol, connections=app.connections),  # type: ignore[arg-type]  # is called as a type
+                ws="none", lifespan="off", log_config=None, log_level=_uvicorn_level(log_level), access_log=False,
+                server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S,
             )
         )  # fmt: skip
-        server.config.timeout_graceful_shutdown = FAREWELL_S  # type: ignore[assignment]  # wait_for takes it
         loop = asyncio.get_running_loop()
 
         def terminate() -> None:
             loop.call_soon_threadsafe(_drain, service, server)
 
+        def give_up() -> None:
+            loop.call_soon_threadsafe(client.give_up, "the engine is gone and will not come back")
+
         on_termination(terminate, supervised=supervised)
+        signal.signal(GONE, lambda *_: give_up())
         serving = asyncio.create_task(server.serve([sock]))
-        starting = asyncio.create_task(_start(service, app, server))
+        starting = asyncio.create_task(_start(service, app))
         code = await _until_over(service, serving, starting)
-        if not serving.done():
-            server.config.timeout_graceful_shutdown = FAREWELL_S  # type: ignore[assignment]  # wait_for takes it
-            server.should_exit = True
+        _close(server)
         await serving
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         return code
 
 
-async def _start(service: Service, app: App, server: uvicorn.Server) -> None:
+async def _start(service: Service, app: App) -> None:
     """Take the configuration from the scheduler and load the tokenizer that it names."""
     welcome = await service.client.wait_welcome()
     options: ServerConfig = welcome.config.server
-    app.configure(api_keys=options.api_key, max_body_bytes=options.max_body_bytes)
-    server.config.timeout_graceful_shutdown = options.drain_timeout  # type: ignore[assignment]
+    app.configure(options)
     tokenizer = await asyncio.to_thread(_load_tokenizer, welcome.config.model, options, welcome.model.max_model_len)
     service.generator = Generator(service.client, tokenizer)
     log.info(
@@ -122,13 +133,33 @@ def _exit_code(failure: QuireError | None) -> int:
 
 
 def _drain(service: Service, server: uvicorn.Server) -> None:
-    """Accept nothing more and let running requests finish; at the second signal, end them."""
+    """Accept nothing more and let running requests finish in time; at the second signal, end them."""
     if service.draining:
-        server.force_exit = True
-    else:
-        log.info("draining: running requests may finish, new ones are refused")
-        service.draining = True
-        server.should_exit = True
+        _end_requests(service, server)
+        return
+    log.info("draining: running requests may finish, new ones are refused")
+    service.draining = True
+    server.should_exit = True
+    within_s = service.client.config.server.drain_timeout if service.has_served else 0.0
+    asyncio.get_running_loop().call_later(within_s, _end_requests, service, server)
+
+
+def _end_requests(service: Service, server: uvicorn.Server) -> None:
+    if (error := service.unavailable) is not None:
+        service.client.dismiss(error)
+    _close(server)
+
+
+def _close(server: uvicorn.Server) -> None:
+    """End the server as soon as every client has its answer, and without those that do not take theirs."""
+    server.should_exit = True
+    asyncio.get_running_loop().call_later(FAREWELL_S, _cut_off, server)
+
+
+def _cut_off(server: uvicorn.Server) -> None:
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()
+    asyncio.get_running_loop().call_later(CUT_OFF_S, setattr, server, "force_exit", True)
 
 
 def _host_names(sock: socket.socket) -> frozenset[str]:

@@ -1,7 +1,9 @@
 """Routes beside OpenAI's: probes, metrics, version, and text to token ids and back."""
 
 from importlib import metadata
+from typing import Any
 
+import msgspec
 from fastapi import APIRouter
 from msgspec import UNSET, Struct, UnsetType
 from starlette.requests import Request
@@ -12,7 +14,7 @@ from . import errors
 from .openai.answers import json_answer
 from .openai.protocol import DetokenizeRequest, TokenizeChat, TokenizeText, described
 from .openai.requests import chat_options_of, messages_of, read_json, validated, warnings
-from .service import Service
+from .service import Health, Service
 
 router = APIRouter()
 
@@ -28,32 +30,55 @@ class Detokenized(Struct):
     prompt: str
 
 
+def _probe(no: str, yes: str) -> dict[int | str, dict[str, Any]]:
+    """What a probe answers, for the description of the API."""
+    told = {"status": "string", "phase": "string", "progress": "number", "detail": "string"}
+    schema = {"type": "object", "properties": {name: {"type": kind} for name, kind in told.items()}}
+    content = {"application/json": {"schema": schema}}
+    return {200: {"description": yes, "content": content}, 503: {"description": no, "content": content}}
+
+
+def _told(health: Health, error: RequestError | None) -> Response:
+    content = msgspec.structs.asdict(health)
+    if error is None:
+        return json_answer(content)
+    return Response(errors.body(error, **content), error.status, {**errors.headers(error)}, "application/json")
+
+
 @router.head("/health", include_in_schema=False)
-@router.get("/health")
+@router.get("/health", responses=_probe("It does not: restart it", "It works, or starts, or mends itself"))
 async def health(request: Request) -> Response:
-    """200 as long as this process lives and its engine has not failed, also while it starts."""
+    """For liveness probes: whether this process and its engine work, are about to, or need help.
+
+    503 when no progress is made ("stalled") and when the engine is gone for good ("dead").
+    """
     service: Service = request.app.state.service
-    if service.client.ended and (error := service.unavailable) is not None:
-        raise error
-    return json_answer({"status": "ok"})
+    health = service.health
+    return _told(health, service.unready if health.status in ("stalled", "dead") else None)
 
 
 @router.head("/ready", include_in_schema=False)
-@router.get("/ready")
+@router.get("/ready", responses=_probe("Not at once", "Requests are served at once"))
 async def ready(request: Request) -> Response:
-    """200 when requests are served; until then 503 with the phase of the start and its progress."""
+    """For readiness probes and balancers: whether a request would be served at once.
+
+    While the engine recovers it would wait, and this is 503.
+    """
     service: Service = request.app.state.service
-    error = service.unavailable
-    if error is None:
-        return json_answer({"status": "ready"})
-    phase, progress = service.progress
-    content = errors.body(error, phase=phase, progress=progress, detail=service.client.status.detail)
-    return Response(content, error.status, {**errors.headers(error)}, "application/json")
+    return _told(service.health, service.unready)
+
+
+@router.head("/startup", include_in_schema=False)
+@router.get("/startup", responses=_probe("It loads", "The start is over, whatever happened since"))
+async def startup(request: Request) -> Response:
+    """For startup probes: whether the engine has been ready once; until then its phase and progress."""
+    service: Service = request.app.state.service
+    return _told(service.health, None if service.has_served else service.unavailable)
 
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """The whole engine's metrics, whichever frontend is asked."""
+    """The whole engine's metrics, whichever frontend is asked; the last known ones while the scheduler is silent."""
     service: Service = request.app.state.service
     if service.generator is None and (error := service.unavailable) is not None:
         raise error

@@ -46,40 +46,51 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 class EventStream(Response):
     """Sends `first` and `events`, each a whole frame, and closes `events` at the end, whoever ended it.
 
-    Errors become a last event, since the status has been sent; what is no error of the request's is logged.
+    Errors become a last event, since the status has been sent; what is no error of the request's is logged. A reader
+    that takes nothing for `write_stall_s` is treated as gone.
     """
 
-    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        first: bytes,
+        events: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str],
+        *,
+        write_stall_s: float = WRITE_STALL_S,
+    ) -> None:
         self._first = first
         self._events = events
+        self._write_stall_s = write_stall_s
         self.status_code = 200
         self.background = None
         self.media_type = "text/event-stream"
         self.init_headers({**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 (ASGI's signature)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await while_connected(receive, self._send(send))
-        except (ClientGone, TimeoutError):
+            await while_connected(receive, self._send(send, request_id_of(scope)))
+        except ClientGone:
             log.debug("a client went away in the middle of a stream")
+        except TimeoutError:
+            log.info("a client took nothing of its stream for %g s and is dropped", self._write_stall_s)
         finally:
             await self._events.aclose()
 
-    async def _send(self, send: Send) -> None:
-        async for frame in self._frames():
-            async with asyncio.timeout(WRITE_STALL_S):
+    async def _send(self, send: Send, request_id: str) -> None:
+        async for frame in self._frames(request_id):
+            async with asyncio.timeout(self._write_stall_s):
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async def _frames(self) -> AsyncIterator[bytes]:
+    async def _frames(self, request_id: str) -> AsyncIterator[bytes]:
         yield self._first
         try:
             async for frame in self._events:
                 yield frame
             yield DONE
         except (RequestError, EngineError) as error:
-            yield _error_event(errors.as_request_error(error))
+            yield _error_event(errors.as_request_error(error, request_id))
         except Exception:
             log.exception("a stream ended with an error of ours")
             yield _error_event(errors.internal_error())
@@ -88,7 +99,13 @@ class EventStream(Response):
 async def started(request: Request, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> EventStream:
     """A stream whose first event is there: what goes wrong before it is still answered with a status of its own."""
     first = await while_connected(request.receive, _next(events))
-    return EventStream(first, events, headers)
+    return EventStream(first, events, headers, write_stall_s=request.app.state.service.write_stall_s)
+
+
+def request_id_of(scope: Scope) -> str:
+    """As `middleware.RequestIds` has named the request."""
+    name: str = scope.get("state", {}).get("request_id", "")
+    return name
 
 
 async def _next(events: AsyncGenerator[bytes, None]) -> bytes:

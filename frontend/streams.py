@@ -6,15 +6,16 @@ The producer never waits and a slow reader costs one slot of memory: what arrive
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from http import HTTPStatus
 
 from msgspec import Struct
 
-from ..common.errors import EngineError, QuireError, RequestError
-from ..common.messages import Output, Submit, pack
+from ..common.errors import EngineError, QuireError
+from ..common.messages import Output, Quota, Submit, pack
 from ..common.sampling import SamplingParams
 
-RETRY_AFTER_S = 1
+
+# Since a sequence was submitted last. One token would prove nothing: computing what is here anew ends in one.
+PROOF_TOKENS = 2
 
 
 class EngineDead(EngineError):
@@ -36,6 +37,7 @@ class Routing(Struct, frozen=True, kw_only=True):
     priority: int = 0  # lower runs first
     tenant: str = ""
     salt: str = ""  # prefixes are shared only between requests of equal salt
+    quota: Quota = Quota()  # of the tenant
 
 
 class TokenStream:
@@ -60,10 +62,14 @@ class TokenStream:
         self.arrival = time.monotonic() if routing.arrival is None else routing.arrival
         self.id = 0  # on the wire; a new one each time the sequence is submitted
         self.output: list[int] = []  # every id so far
+        self.attempts = 0  # how often the engine failed while it held the sequence, without progress between
+        self.resubmitted = False  # an engine has taken it before: it is not to be refused any more
+        self.rests_until = 0.0  # time.monotonic() before which it is not to be submitted again
         self.done = False  # nothing more will arrive
         self._abort = abort
         self._wake = wake
         self._taken = 0  # ids of `output` that were read
+        self._submitted = 0  # ids of `output` that the engine was given
         self._finish: str | None = None
         self._error: QuireError | None = None
         self._num_cached = 0
@@ -71,6 +77,7 @@ class TokenStream:
 
     def submission(self) -> Submit:
         """The message that starts this sequence, or goes on with it behind the ids that are here."""
+        self._submitted = len(self.output)
         return Submit(
             id=self.id,
             prompt=self.prompt,
@@ -80,23 +87,23 @@ class TokenStream:
             tenant=self.routing.tenant,
             salt=self.routing.salt,
             output=pack(self.output),
+            attempts=self.attempts,
+            quota=self.routing.quota,
         )
 
     def accept(self, output: Output) -> None:
-        """Append what the engine sent. Ids that are here already are dropped by index; a gap ends the stream."""
-        if self.done:
-            return
+        """Append what the engine sent, ids without a gap. Those that are here already are dropped by their index."""
         num_known = len(self.output) - output.first_index
-        if num_known < 0:
-            self.fail(EngineError(f"{-num_known} tokens were lost on their way from the engine"))
+        assert num_known >= 0, output
+        if self.done or num_known > len(output.tokens):  # all of it is older than what is here
             return
         if not self.output:
             self._num_cached = output.num_cached
         self.output += output.tokens[num_known:]
+        if len(self.output) - self._submitted >= PROOF_TOKENS:
+            self.attempts = 0
         if output.finish in ("stop", "length"):
             self.done, self._finish = True, output.finish
-        elif output.finish is not None:
-            self.fail(_ended_badly(output))
         self._wake.set()
 
     def fail(self, error: QuireError) -> None:
@@ -136,19 +143,3 @@ class TokenStream:
             self._wake.clear()
             await self._wake.wait()
         return delta
-
-
-def _ended_badly(output: Output) -> QuireError:
-    """The error of a sequence that the engine ended without an answer."""
-    if output.rejection == "overloaded":
-        return RequestError(
-            output.error or "the engine's queue is full",
-            status=HTTPStatus.SERVICE_UNAVAILABLE,
-            code="overloaded",
-            headers={"Retry-After": str(RETRY_AFTER_S)},
-        )
-    if output.rejection:
-        return RequestError(
-            output.error or "the engine cannot hold this request", code="context_length_exceeded", param="prompt"
-        )
-    return EngineError(output.error or "the engine ended this request")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+SLICE_CHARACTERS = 256 << 10  # that are tokenized at once to see whether a long text can fit
 THREADS = 2  # rendering and marking are Python, and compete with the event loop; the rest lets go of its lock
 
 
@@ -83,7 +84,12 @@ class Tokenizer:
         Raises RequestError for a text so long that it cannot fit the context.
         """
         self._check_length(len(text), "prompt")
-        return await self._off_loop(lambda: encode(self.backend, [text], add_special_tokens=add_special_tokens)[0])
+
+        def encoded() -> list[int]:
+            self._check_fits(text, "prompt")
+            return encode(self.backend, [text], add_special_tokens=add_special_tokens)[0]
+
+        return await self._off_loop(encoded)
 
     async def encode_chat(self, messages: Sequence[Message], options: ChatOptions | None = None) -> list[int]:
         """The ids of a conversation. Raises RequestError for messages that are none or cannot fit the context, and when
@@ -100,6 +106,7 @@ class Tokenizer:
             self._check_length(sum(len(message["content"]) for message in plain), "messages")
             rendered = template.render(plain, options)
             self._check_length(len(rendered), "messages")
+            self._check_fits(rendered, "messages")
             return template.encode(rendered, options)
 
         return await self._off_loop(rendered_and_encoded)
@@ -123,6 +130,24 @@ class Tokenizer:
                 param=param,
                 code="context_length_exceeded",
             )
+
+    def _check_fits(self, text: str, param: str) -> None:
+        """Refuse a long text slice by slice: an encoding takes 300 bytes a token, and taking it apart stops every thread.
+
+        Only the borders of slices may have other tokens than the whole text; a tenth is left for them.
+        """
+        if len(text) <= 2 * self._max_model_len:  # not too many tokens in any case
+            return
+        num_tokens = 0
+        for start in range(0, len(text), SLICE_CHARACTERS):
+            piece = text[start : start + SLICE_CHARACTERS]
+            num_tokens += len(encode(self.backend, [piece], add_special_tokens=False)[0])
+            if num_tokens > 1.1 * self._max_model_len:
+                raise RequestError(
+                    f"this model's maximum context length is {self._max_model_len} tokens, and the prompt has more than {num_tokens * 10 // 11}",
+                    param=param,
+                    code="context_length_exceeded",
+                )
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -1,18 +1,22 @@
 """The bodies of requests: names and types only. Ranges of sampling parameters are `common.sampling`'s.
 
 Fields are strict (no number from a string), null means the default, and unknown ones are kept, so that they can be
-named to the client.
+named to the client. Every list has a limit and is given up at its first wrong item: a million explained errors take
+seconds, in which nobody else gets a token.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+import msgspec
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 from ...common.model_info import ENDLESS
+from ...common.sampling import MAX_STOP_STRINGS, MAX_TOKEN_IDS, SamplingParams
 
 MAX_SALT = 1024
 MAX_NAME = 256
-MAX_ITEMS = 4096  # messages, and parts of one: a body of millions would hold up everybody else's requests
+MAX_ITEMS = 4096  # messages, and parts of one
 
 _ID_SCHEMA = {"type": "integer", "minimum": 0}
 PROMPT_SCHEMA = {
@@ -25,9 +29,26 @@ PROMPT_SCHEMA = {
 }
 
 
+def _short(value: Any) -> Any:
+    """Limits a dictionary before its entries are looked at, as pydantic does for lists."""
+    if isinstance(value, dict) and len(value) > MAX_TOKEN_IDS:
+        raise PydanticCustomError("too_long", f"at most {MAX_TOKEN_IDS} entries")
+    return value
+
+
+# Ranges are declared there, names and types here.
+_SAMPLING = msgspec.json.schema(SamplingParams)["$defs"]["SamplingParams"]["properties"]
+
+
 def described(body: type["Body"]) -> dict[str, Any]:
     """`openapi_extra` of a route that reads a `body` itself."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    for name, ranged in _SAMPLING.items():
+        if name in schema["properties"]:
+            stated = {key: value for key, value in ranged.items() if key != "default"}  # a model may recommend another
+            alternatives = [stated, {"type": "null"}, *([ranged["items"]] if name == "stop" else [])]
+            schema["properties"][name] = {"anyOf": alternatives}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 class Body(BaseModel):
@@ -59,10 +80,10 @@ class GenerationRequest(Body):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_TOKEN_IDS), BeforeValidator(_short)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -86,16 +107,16 @@ class ContentPart(Body):
     text: str | None = None
 
 
-class ChatMessage(Body):
+class InputMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[ContentPart], Field(max_length=MAX_ITEMS)] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
     name: str | None = Field(default=None, max_length=MAX_NAME)
 
 
 class ChatInput(Body):
     """Messages and how the template turns them into a prompt."""
 
-    messages: Annotated[list[ChatMessage], Field(max_length=MAX_ITEMS)]
+    messages: Annotated[list[InputMessage], Field(max_length=MAX_ITEMS, fail_fast=True)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -128,7 +149,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: Annotated[list[int], Field(max_length=ENDLESS)]
+    tokens: Annotated[list[int], Field(max_length=ENDLESS, fail_fast=True)]
 
 
 # Fields that exist elsewhere and not here, with the values that ask for nothing. Any other value is refused: a client

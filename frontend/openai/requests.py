@@ -1,9 +1,9 @@
 """Bodies of requests, from bytes to what the generator takes. Every refusal names the field."""
 
-import json
+import asyncio
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import pydantic
 from starlette.requests import Request
@@ -12,10 +12,13 @@ from ...common.errors import RequestError
 from ...common.sampling import SamplingParams, check
 from .. import messages
 from ..chat_template import ChatOptions
+from ..json_body import Census, decode
 from ..streams import Routing
 from .protocol import UNSUPPORTED, Body, ChatInput, GenerationRequest
 
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
+LARGE_BYTES = 64 << 10  # larger bodies are parsed in a thread
 MAX_NAMED = 10  # unknown fields that a warning names
 
 # Accepted without effect, and said so: they ask for bookkeeping at the provider's, not for another answer.
@@ -24,27 +27,25 @@ WITHOUT_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier",
 
 async def read(request: Request, body_type: type[B]) -> B:
     """The body of a request; raises RequestError for one that is not JSON, not of this type, or asks for what is not there."""
-    return validated(await read_json(request), body_type)
+    return await _parsed(request, lambda fields: validated(fields, body_type))
 
 
 async def read_json(request: Request) -> dict[str, Any]:
+    return await _parsed(request, lambda fields: fields)
+
+
+async def _parsed(request: Request, understand: Callable[[dict[str, Any]], T]) -> T:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # also keeps web pages of other origins out: a form may be posted anywhere
         raise RequestError(f"the Content-Type must be application/json, got {kind[:80] or 'none'}")
-    content = await request.body()
-    try:
-        value = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
-        if b"\\ud" in content.lower():  # half of a surrogate pair is a str to Python and no text to anybody
-            json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise RequestError("the body is nested too deeply") from None
-    except UnicodeError:
-        raise RequestError("the body holds text that is not valid Unicode") from None
-    except ValueError as error:
-        raise RequestError(f"the body is not valid JSON: {str(error)[:200]}") from None
-    if not isinstance(value, dict):
-        raise RequestError(f"the body must be a JSON object, got a {type(value).__name__}")
-    return value
+    content, census = bytearray(), Census()
+    async for piece in request.stream():
+        census.add(piece)
+        content += piece
+    if len(content) < LARGE_BYTES:
+        return understand(decode(content, census))
+    async with request.app.state.large_bodies:  # one at a time, so that the event loop waits for one at most
+        return await asyncio.to_thread(lambda: understand(decode(content, census)))
 
 
 def validated(fields: Mapping[str, Any], body_type: type[B]) -> B:
@@ -68,10 +69,7 @@ def warnings(body: Body, *, strict: bool) -> dict[str, str]:
             f"unknown field {unknown[0][:100]!r} (the server runs with --strict-fields)", param=unknown[0][:100]
         )
     named = ", ".join(path[:100] for path in unknown[:MAX_NAMED]) + (", ..." if len(unknown) > MAX_NAMED else "")
-    return {
-        "X-Quire-Warning": "fields without effect: "
-        + named.encode("ascii", "backslashreplace").decode().replace("\n", " ").replace("\r", " ")
-    }
+    return {"X-Quire-Warning": "fields without effect: " + named.encode("unicode_escape").decode()}
 
 
 def sampling_of(
@@ -84,13 +82,15 @@ def sampling_of(
 
 def routing_of(request: Request, body: GenerationRequest) -> Routing:
     """Keys do not share prefixes: a hit would tell one what another has asked."""
-    principal: str = request.scope["state"].get("principal", "")
+    state = request.scope["state"]
+    principal: str = state["principal"]
     salt = body.cache_salt or ""
     return Routing(
         arrival=time.monotonic(),
         priority=body.priority,
         tenant=principal or body.user or "",
         salt=f"{principal}:{salt}" if principal else salt,
+        quota=state["quota"],
     )
 
 
@@ -129,8 +129,9 @@ def _extras(body: Body) -> Iterator[tuple[str, Any, str, Mapping[str, tuple[obje
 def _explained(error: pydantic.ValidationError) -> RequestError:
     """pydantic lists a line per alternative; a client wants the field and what it should be."""
     details = error.errors(include_url=False, include_input=False)
-    path = _path(details[0]["loc"])
-    reasons = dict.fromkeys(detail["msg"] for detail in details if _path(detail["loc"]) == path)
+    location = details[0]["loc"]
+    reasons = dict.fromkeys(detail["msg"] for detail in details[:MAX_NAMED] if _path(detail["loc"]) == _path(location))
+    path = _path(location)[:100]  # it may hold a key of the client's
     return RequestError(f"{path}: {' or '.join(list(reasons)[:3])}", param=path or None)
 
 
@@ -145,7 +146,3 @@ def _path(location: tuple[int | str, ...]) -> str:
         else:
             break
     return path
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")

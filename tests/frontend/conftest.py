@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from quire.common.config import ServerConfig
+from quire.frontend import scheduler_link
 
 from .fake_scheduler import CONTEXT, FakeScheduler, frontend_process, until, wait_ready
 
@@ -93,3 +94,10 @@ def url(shared, engine) -> str:
 def tokenizer(model_dir: Path) -> Tokenizer:
     """The tiny model's tokenizer, as the library itself reads it."""
     return Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links of this process take a peer for silent soon."""
+    monkeypatch.setattr(scheduler_link, "PEER_TIMEOUT_S", 0.7)
+    monkeypatch.setattr(scheduler_link, "HEARTBEAT_S", 0.2)

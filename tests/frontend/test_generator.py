@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from quire.common.errors import ConfigError, EngineError, RequestError
-from quire.common.messages import Heartbeat, Output, Outputs, Shutdown, Status
+from quire.common.messages import Heartbeat, Output, Outputs, Shutdown, Status, Submit
 from quire.common.sampling import SamplingParams
-from quire.frontend import engine_client
+from quire.frontend import engine_client, scheduler_link
 from quire.frontend.engine_client import EngineClient
 from quire.frontend.generator import Generator
 from quire.frontend.outputs import Accumulator, RequestOutput, collect
@@ -134,8 +134,8 @@ def test_streams_survive_a_scheduler_that_forgets_them(
     scheduler: FakeScheduler, loaded: Tokenizer, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new epoch, or one that took this frontend for gone: submitted again with the ids held, the text is the same."""
-    monkeypatch.setattr(engine_client, "PEER_TIMEOUT_S", 0.6 if how == "silence" else 5.0)
-    monkeypatch.setattr(engine_client, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(scheduler_link, "PEER_TIMEOUT_S", 0.6 if how == "silence" else 5.0)
+    monkeypatch.setattr(scheduler_link, "HEARTBEAT_S", 0.1)
     scheduler.delay_s = 0.005
 
     async def work(generator: Generator) -> None:
@@ -185,13 +185,27 @@ def test_repeated_and_unknown_messages_change_nothing(scheduler: FakeScheduler, 
     run(scheduler, loaded, work)
 
 
-def test_a_gap_ends_the_stream(scheduler: FakeScheduler, loaded: Tokenizer) -> None:
-    scheduler.answer = lambda submit: Output(submit.id, 2, [5])
+@pytest.mark.parametrize("gaps", [1, 3, 9])
+def test_tokens_that_the_engine_skips_are_asked_for_again(
+    scheduler: FakeScheduler, loaded: Tokenizer, gaps: int
+) -> None:
+    """A gap within a conversation is the engine's fault: four in a row, without a token between, are too many."""
+
+    def answer(submit: Submit) -> Output | None:
+        return Output(submit.id, 2, [5]) if len(scheduler.submits) <= gaps else None
+
+    scheduler.answer = answer
 
     async def work(generator: Generator) -> None:
-        with pytest.raises(EngineError, match="2 tokens were lost"):
-            await collect(generator.generate(PROMPT, SamplingParams(), request_id="r"))
-        await until(lambda: scheduler.aborts == [scheduler.submits[0].id])
+        stream = generator.generate(PROMPT, SamplingParams(max_tokens=20, seed=0), request_id="r")
+        if gaps > 3:
+            with pytest.raises(EngineError, match="failed 4 times"):
+                await collect(stream)
+        else:
+            ids = loaded.backend.encode(PROMPT).ids
+            assert (await collect(stream)).outputs[0].token_ids == [ids[i % len(ids)] for i in range(20)]
+        assert [submit.attempts for submit in scheduler.submits] == list(range(min(gaps, 3) + 1))
+        await until(lambda: scheduler.aborts == [submit.id for submit in scheduler.submits[:gaps]])
 
     run(scheduler, loaded, work)
 
@@ -249,7 +263,7 @@ def test_the_end_of_the_engine_ends_every_stream(
 def test_refused_is_a_configuration_error(
     scheduler: FakeScheduler, loaded: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_client, "PROTOCOL", 999)
+    monkeypatch.setattr(scheduler_link, "PROTOCOL", 999)
 
     async def main() -> None:
         async with EngineClient(scheduler.address) as client:
