@@ -11,12 +11,13 @@ from msgspec import structs
 
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
-from .options import OPTIONS, Option, likely_typos, nearest, resolve, to_yaml, value_of
+from .options import GROUPS, OPTIONS, Option, likely_typos, nearest, resolve, to_yaml, value_of
 
-SOURCES = """\
+SOURCES = f"""\
 Where values come from, first match wins: the flag, the environment variable (in brackets above; commas separate several
-values), the file of --config (YAML; keys are the flags' names, flat or under the groups model, cache, scheduler,
-parallel, server), the default. Whole numbers take units: 8k is 8,000 and 8K is 8,192; 512MiB, 4GiB."""
+values), the file of --config (YAML, or JSON in a .json; keys are the flags' names, flat or under the groups
+{", ".join(GROUPS)}), the default. Whole numbers take units: 8k is 8,000 and
+8K is 8,192; 512MiB, 4GiB."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +52,7 @@ def _dashed(word: str) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """All options of the engine, by group. Their values stay text: `resolve` reads and checks them."""
-    parser.add_argument("--config", metavar="FILE", type=Path, help="YAML file with any of the options below.")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="YAML or .json file with any of the options below.")
     parser.add_argument(
         "--print-config", action="store_true", help="Print the configuration that results, as YAML, and exit."
     )

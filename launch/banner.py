@@ -33,13 +33,17 @@ def sample(url: str, config: EngineConfig) -> str:
     body = json.dumps(
         {"model": name, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64}, ensure_ascii=False
     )
-    key = ' -H "Authorization: Bearer $API_KEY"' if config.server.api_key else ""
+    key = ' -H "Authorization: Bearer $API_KEY"' if _has_keys(config) else ""
     quoted = body.replace("'", "'\\''")
     return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{quoted}'"
 
 
+def _has_keys(config: EngineConfig) -> bool:
+    return bool(config.server.api_key or config.server.api_keys_file)
+
+
 def _warnings(config: EngineConfig) -> list[str]:
-    if config.server.api_key or _is_loopback(config.server.host):
+    if _has_keys(config) or _is_loopback(config.server.host):
         return []
     return [f"  warning   anybody who reaches {config.server.host} may use this server: consider --api-key"]
 

@@ -23,12 +23,17 @@ def check_model(config: ModelConfig) -> ModelInfo:
 
 
 def check_text_files(config: EngineConfig) -> None:
-    """Raises ConfigError when the tokenizer or the chat template that the options name is not there."""
+    """Raises ConfigError when the tokenizer or the chat template that the options name is not there, or when the file of
+    API keys cannot be used."""
     tokenizer, template = config.model.tokenizer, config.server.chat_template
     if tokenizer is not None and not (Path(tokenizer).expanduser() / "tokenizer.json").is_file():
         raise ConfigError(f"--tokenizer {tokenizer}: there is no tokenizer.json in a directory of this name")
     if template is not None and not Path(template).expanduser().is_file():
         raise ConfigError(f"--chat-template {template}: no such file")
+    if config.server.api_keys_file is not None:
+        from ..frontend.keys import load  # noqa: PLC0415 (few engines have one)
+
+        load(Path(config.server.api_keys_file).expanduser())
 
 
 def _other_weights(path: Path) -> str:

@@ -1,9 +1,10 @@
 """The processes of one engine: how each is started, and the table of those that run.
 
 `Child` says how a process is started, `Exit` how one ended; `Children` holds the running ones and nothing decides here,
-so that a policy (end everything, start one again) is a function of an `Exit`.
+so that the policy (`restarts`) is a function of an `Exit`.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -14,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+import msgspec
+
 from ..common.config import EngineConfig
-from ..common.errors import EXIT_CONFIG, EXIT_FATAL
+from ..common.errors import EXIT_CONFIG, EXIT_FATAL, ConfigError
 from ..common.process import END
 from .checks import is_downloadable
-from .options import ENV_PREFIX, to_yaml
+from .options import ENV_PREFIX
 
 Role = Literal["frontend", "scheduler", "worker", "download"]
 COMPANY_S = 2.0  # a fault seldom ends one process alone; one with torch in it takes a while to end
@@ -43,12 +46,15 @@ class Exit:
 
     child: Child
     code: int  # negative: the signal that ended it
+    why: str = ""  # when it was the supervisor that ended it, or could not start it
 
     def __str__(self) -> str:
+        if self.why:
+            return f"{self.child.name} {self.why}"
         if self.code >= 0:
             return f"{self.child.name} exited with code {self.code}"
-        hint = ", likely for lack of memory" if self.code == -signal.SIGKILL else ""
-        return f"{self.child.name} was killed by signal {-self.code} ({signal.Signals(-self.code).name}){hint}"
+        hint = _MEMORY[self.child.role] if self.code == -signal.SIGKILL else ""
+        return f"{self.child.name} was killed by signal {-self.code} ({_name_of(-self.code)}){hint}"
 
     @property
     def tells_why(self) -> bool:
@@ -61,6 +67,20 @@ class Exit:
         return EXIT_CONFIG if self.code == EXIT_CONFIG else EXIT_FATAL
 
 
+_LACK = ", likely for lack of memory"
+_MEMORY: dict[Role, str] = {
+    "frontend": _LACK,
+    "scheduler": f"{_LACK}; a lower --max-num-queued-reqs needs less",
+    "worker": f"{_LACK}; a lower --gpu-memory-utilization or --kv-cache-memory needs less",
+    "download": _LACK,
+}
+
+
+def _name_of(signum: int) -> str:
+    """Real-time signals have no name of their own."""
+    return signal.Signals(signum).name if signum in set(signal.Signals) else "real-time"
+
+
 def cause_of(ends: Sequence[Exit]) -> Exit:
     """Of processes that ended together, the one that tells why: a wrong configuration, a signal, a fault, a farewell."""
     return min(ends, key=lambda end: (end.code != EXIT_CONFIG, end.code >= 0, end.code == 0))
@@ -70,10 +90,16 @@ def cause_of(ends: Sequence[Exit]) -> Exit:
 
 
 def write_config(config: EngineConfig, run_dir: Path) -> Path:
-    """The options of every process, in a file: a command line is public on its host, and API keys are options."""
-    file = run_dir / "config.yaml"
-    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as out:  # noqa: PTH123
-        out.write(to_yaml(config))
+    """The options of every process, in a file: a command line is public on its host, and API keys are options.
+
+    JSON, which is read in no time, and may be read again in a hurry. Raises ConfigError when it cannot be written.
+    """
+    file = run_dir / "config.json"
+    try:
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as out:
+            json.dump(msgspec.to_builtins(config), out)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; set TMPDIR to another place") from None
     return file
 
 
@@ -191,9 +217,16 @@ class Children:
         The scheduler goes before the workers, and tells them; it would take their end for a fault.
         """
         self.send(END, "frontend", "scheduler", "download")
-        self.wait(min(grace_s, GOODBYE_S), "scheduler", impatient=impatient)
-        self.wait(min(grace_s, GOODBYE_S), "worker", impatient=impatient)
+        if self.running("scheduler"):
+            self.wait(min(grace_s, GOODBYE_S), "scheduler", impatient=impatient)
+            self.wait(min(grace_s, GOODBYE_S), "worker", impatient=impatient)
         self.send(END, "worker")
+        self.wait(grace_s, impatient=impatient)
+        self.kill()
+
+    def stop_at_once(self, grace_s: float, *, impatient: Callable[[], bool] = lambda: False) -> None:
+        """As `stop`, of an engine that has nothing to lose: nobody waits for another's end."""
+        self.send(END)
         self.wait(grace_s, impatient=impatient)
         self.kill()
 

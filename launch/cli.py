@@ -14,6 +14,7 @@ COMMANDS = {  # name -> (module with main(argv, prog=...), what it does)
     "serve": ("serve", "Serve a model: an OpenAI-compatible server."),
     "chat": ("chat", "Chat with a server, in the terminal or through a pipe."),
     "complete": ("complete", "Continue a text."),
+    "keys": ("keys", "Make the keys of an engine on several hosts."),
 }
 
 HELP = """\

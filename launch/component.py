@@ -1,16 +1,23 @@
 """What the three component scripts share: flags of every component, and the frame that turns an outcome into an exit code."""
 
 import argparse
+import ipaddress
 import logging
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..common.errors import EXIT_CONFIG, EXIT_FATAL, ConfigError
 from ..common.log import configure
-from ..common.process import END, die_with_parent, set_title
+from ..common.process import END, GONE, die_with_parent, set_title
 from .arguments import add_option
 from .options import BY_NAME
+from .streams import say
+
+if TYPE_CHECKING:
+    from ..common.curve import PeerKeys, SchedulerKeys
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +35,64 @@ def add_scheduler(parser: argparse.ArgumentParser) -> None:
         "--scheduler", metavar="ADDRESS", default=ADDRESS, help=f"Where the scheduler listens. Default: {ADDRESS}."
     )
     add_option(parser, BY_NAME["log_level"])
+
+
+def add_keys(parser: argparse.ArgumentParser, file: str) -> None:
+    """`file`: which of the two that `quire keys` makes."""
+    parser.add_argument(
+        "--curve-keys",
+        metavar="FILE",
+        type=Path,
+        help=f"{file} of this engine, made by `quire keys DIR`: links are encrypted, and only who holds keys takes part.",
+    )
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="Do without keys between hosts. Whoever reaches the scheduler's ports then takes part, and reads along.",
+    )
+
+
+def scheduler_keys(values: argparse.Namespace) -> "SchedulerKeys | None":
+    """What the flags of `add_keys` say. Raises ConfigError for an address that other hosts reach when they say nothing."""
+    if (file := _key_file(values, values.listen)) is None:
+        return None
+    from ..common.curve import read_scheduler_keys  # noqa: PLC0415 (most engines have one host)
+
+    return read_scheduler_keys(file)
+
+
+def peer_keys(values: argparse.Namespace) -> "PeerKeys | None":
+    """As `scheduler_keys`, of a worker or a frontend."""
+    if (file := _key_file(values, values.scheduler)) is None:
+        return None
+    from ..common.curve import read_peer_keys  # noqa: PLC0415 (as above)
+
+    return read_peer_keys(file)
+
+
+def _key_file(values: argparse.Namespace, address: str) -> Path | None:
+    file: Path | None = values.curve_keys
+    if file is not None and values.insecure:
+        raise ConfigError("--curve-keys and --insecure exclude each other: links are encrypted or they are not")
+    if file is not None or is_local(address):
+        return file
+    if not values.insecure:
+        raise ConfigError(
+            f"{address}: other hosts reach this address. Make keys with `quire keys DIR` and name them with --curve-keys,"
+            " or say --insecure where everybody on the network is to be trusted"
+        )
+    say(f"warning: --insecure: whoever reaches {address} takes part in this engine, and reads along", sys.stderr)
+    return None
+
+
+def is_local(address: str) -> bool:
+    """Whether only processes of this host reach it."""
+    scheme, _, rest = address.partition("://")
+    host = rest.rpartition(":")[0].strip("[]")
+    try:
+        return scheme == "ipc" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def run(label: str, title: str, act: Callable[[], int], *, lifeline: int | None, log_level: str) -> int:
@@ -50,7 +115,7 @@ def run(label: str, title: str, act: Callable[[], int], *, lifeline: int | None,
         log.exception("a fault of Quire's: %r", error)
         return EXIT_FATAL
     finally:
-        for signum in (signal.SIGTERM, END):
+        for signum in (signal.SIGTERM, END, GONE):
             signal.signal(signum, signal.SIG_IGN)  # it ends already: a handler has nothing left to act on
 
 

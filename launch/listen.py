@@ -53,7 +53,7 @@ def url_of(sock: socket.socket) -> str:
 
 def _refusal(error: OSError, host: str, port: int) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} is in use by {_holder(port)}; stop it, or choose another port with --port (0 picks a free one)"
+        return f"port {port} is in use by {holder_of(port)}; stop it, or choose another port with --port (0 picks a free one)"
     if error.errno == errno.EADDRNOTAVAIL:
         return f"--host {host}: this machine has no such address; use 127.0.0.1 for this machine only, 0.0.0.0 for every interface"
     if error.errno == errno.EACCES:
@@ -61,7 +61,8 @@ def _refusal(error: OSError, host: str, port: int) -> str:
     return f"cannot listen on {host}, port {port}: {error.strerror}"
 
 
-def _holder(port: int) -> str:
+def holder_of(port: int) -> str:
+    """Who listens on this TCP port, in words."""
     import psutil  # noqa: PLC0415 (only a refusal needs it)
 
     def listens(connections: Iterable[Any]) -> list[Any]:

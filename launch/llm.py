@@ -46,8 +46,9 @@ class _Tally:
 class LLM:
     """An engine of this process' own. Its methods block; call them from one thread or several.
 
-    Raises ConfigError when the options or the model cannot be served, EngineError when a process dies. `close`, the
-    end of a `with`, of the object or of the program end its processes.
+    A process that dies is started again, and what runs goes on. Raises ConfigError when the options or the model cannot
+    be served, EngineError when the engine is gone for good. `close`, the end of a `with`, of the object or of the
+    program end its processes.
     """
 
     def __init__(self, model: str = "demo", **options: Any) -> None:

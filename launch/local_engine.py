@@ -1,7 +1,7 @@
 """An engine for this Python process: scheduler and workers as processes, the frontend's insides on a thread here.
 
 The thread runs an event loop of its own, so a caller may have one too, or none, or may block it. It also starts the
-processes, whose lifeline is tied to the thread that started them. Signals stay the caller's.
+processes, again when they die, whose lifeline is tied to the thread that started them. Signals stay the caller's.
 """
 
 import asyncio
@@ -10,8 +10,9 @@ import logging
 import re
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -19,12 +20,15 @@ from typing import IO, Any, TypeVar
 from ..common.config import EngineConfig
 from ..common.errors import EXIT_CONFIG, ConfigError, EngineError, QuireError
 from ..common.messages import Status
-from ..common.model_info import model_path
+from ..common.model_info import ModelInfo, model_path
 from ..frontend.engine_client import EngineClient
 from ..frontend.generator import Generator
 from ..frontend.tokenizer import Tokenizer
 from .checks import check_model, check_text_files
-from .children import COMPANY_S, Child, Children, Exit, address_of, downloads, engine
+from .children import COMPANY_S, Child, Children, address_of, downloads, engine
+from .keeper import Keeper, Plan
+from .observer import Observer
+from .restarts import Over
 from .run_directory import run_directory
 
 log = logging.getLogger(__name__)
@@ -99,38 +103,50 @@ class LocalEngine:
             self.ready.set_exception(self._failure or EngineError("this engine was closed"))
 
     async def _main(self) -> None:
+        check_text_files(self._config)
+        starting: asyncio.Future[ModelInfo] = self._loop.create_future()
         with run_directory() as run_dir, contextlib.closing(Children(on_output=self._listen)) as children:
-            check_text_files(self._config)
-            for download in downloads(self._config):
-                children.start([download])
-                await self._unless_one_ends(children, self._nothing_runs(children), expected=download)
-            info = check_model(self._config.model)
-            children.start(engine(self._config, run_dir))
-            await self._serve(children, address_of(run_dir), info.max_model_len)
 
-    async def _serve(self, children: Children, address: str, max_model_len: int) -> None:
+            def start_engine() -> Sequence[Child]:
+                starting.set_result(check_model(self._config.model))
+                return engine(self._config, run_dir)
+
+            address = address_of(run_dir)
+            plan = Plan((), downloads(self._config), start_engine)
+            with contextlib.closing(Observer(address)) as observer:
+                keeper = Keeper(plan, children, observer, self._config.recovery, time.monotonic())
+                keeper.begin(time.monotonic())
+                await self._serve(keeper, children, address, starting)
+
+    async def _serve(
+        self, keeper: Keeper, children: Children, address: str, starting: "asyncio.Future[ModelInfo]"
+    ) -> None:
         async with EngineClient(address) as client:
             try:
-                await self._unless_one_ends(children, self._become_ready(client, max_model_len))
+                await self._unless_over(keeper, self._become_ready(client, starting))
                 self.ready.set_result(None)
-                await self._unless_one_ends(children, self._until_the_end(client))
+                await self._unless_over(keeper, self._until_the_end(client))
             except QuireError as error:
                 self._failure = error  # before the client closes, whose streams then end without a reason of their own
                 raise
             finally:
                 children.stop(GRACE_S)  # before the client closes, which the scheduler would report as a loss
 
-    async def _become_ready(self, client: EngineClient, max_model_len: int) -> None:
-        server, model = self._config.server, self._config.model
-        path = Path(model.tokenizer).expanduser() if model.tokenizer else model_path(model.model)
-        template = Path(server.chat_template).expanduser() if server.chat_template else None
-        loading = asyncio.to_thread(Tokenizer.load, path, chat_template=template, max_model_len=max_model_len)
+    async def _become_ready(self, client: EngineClient, starting: "asyncio.Future[ModelInfo]") -> None:
+        info = await starting
         shown = asyncio.create_task(self._show_progress(client))
+        loading = asyncio.to_thread(self._load_tokenizer, info.max_model_len)
         try:
             tokenizer, _ = await asyncio.gather(loading, client.wait_ready())
         finally:
             shown.cancel()
         self.generator = Generator(client, tokenizer)
+
+    def _load_tokenizer(self, max_model_len: int) -> Tokenizer:
+        server, model = self._config.server, self._config.model
+        path = Path(model.tokenizer).expanduser() if model.tokenizer else model_path(model.model)
+        template = Path(server.chat_template).expanduser() if server.chat_template else None
+        return Tokenizer.load(path, chat_template=template, max_model_len=max_model_len)
 
     async def _show_progress(self, client: EngineClient) -> None:
         while True:
@@ -147,44 +163,39 @@ class LocalEngine:
             stop.cancel()
             ended.cancel()
 
-    async def _nothing_runs(self, children: Children) -> None:
-        while children.running():
-            await asyncio.sleep(TICK_S)
-
-    async def _unless_one_ends(self, children: Children, work: Awaitable[T], *, expected: Child | None = None) -> T:
-        """The result of `work`. Raises what the end of a process means, when one ends first (or has failed the work)."""
+    async def _unless_over(self, keeper: Keeper, work: Awaitable[T]) -> T:
+        """The result of `work`. Raises why the engine is over, when it is so first (or has failed the work)."""
         working = asyncio.ensure_future(work)
-        watching = asyncio.create_task(self._first_end(children, expected))
+        keeping = asyncio.create_task(self._keep(keeper))
         stopping = asyncio.create_task(self._stop.wait())
         try:
-            await asyncio.wait({working, watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({working, keeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if working.done() and working.exception() is None:
                 return working.result()
             if stopping.done():
                 raise EngineError("this engine was closed")
-            await asyncio.wait(
-                {watching}, timeout=COMPANY_S + TICK_S
-            )  # of a fault that was told, the process' end tells more
-            if watching.done():
-                raise self._failure_of(watching.result())
+            await asyncio.wait({keeping}, timeout=COMPANY_S + TICK_S)  # the process' end tells more than what it said
+            if keeping.done():
+                raise self._failure_of(keeping.result())
             return await working
         finally:
-            for task in (working, watching, stopping):
+            for task in (working, keeping, stopping):
                 task.cancel()
 
-    async def _first_end(self, children: Children, expected: Child | None) -> Exit:
+    async def _keep(self, keeper: Keeper) -> Over:
         while True:
-            ends = [end for end in children.exited() if end.child != expected or end.code != 0]
-            if ends:
-                return children.cause(ends)
-            await asyncio.sleep(TICK_S)
+            now = time.monotonic()
+            keeper.statuses(now)
+            if (over := keeper.turn(now)) is not None:
+                return over
+            await asyncio.sleep(min(TICK_S, keeper.wait_s(now)))
 
-    def _failure_of(self, end: Exit) -> QuireError:
-        lines = self._tails.get(end.child, ())
+    def _failure_of(self, over: Over) -> QuireError:
+        lines = self._tails.get(over.cause.child, ())
         said = [match["message"] for line in lines if (match := _LOGGED.fullmatch(line))]
-        if end.code == EXIT_CONFIG:
-            return ConfigError(said[-1] if said else str(end))
-        return EngineError(f"{end}: {said[-1]}" if said else str(end))
+        if over.cause.code == EXIT_CONFIG:
+            return ConfigError(said[-1] if said else str(over))
+        return EngineError(f"{over}: {said[-1]}" if said else str(over))
 
     def _listen(self, child: Child, stream: IO[str]) -> None:
         """Pass a process' stderr on, line by line, and keep the last lines."""

@@ -6,13 +6,25 @@ from typing import Any
 
 import zmq
 
-from ..common.channel import Link, wires
+from ..common.channel import LOST, Link, wires
 from ..common.errors import EngineError
-from ..common.messages import HEARTBEAT_S, PROTOCOL, Heartbeat, Hello, Refused, Status, ToFrontend, Welcome
+from ..common.messages import (
+    HEARTBEAT_S,
+    PROTOCOL,
+    STRANGER_EPOCH,
+    Heartbeat,
+    Hello,
+    Refused,
+    Status,
+    ToFrontend,
+    Welcome,
+)
+
+_SEEKING_S = 0.05
 
 
 class Observer:
-    """One end of the frontends' wire. Call `statuses` whenever `socket` is readable, and every `HEARTBEAT_S` at least."""
+    """One end of the frontends' wire. Call `statuses` whenever `socket` is readable, and every `wait_s` at least."""
 
     def __init__(self, address: str) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
@@ -20,6 +32,7 @@ class Observer:
         self._hello = Hello(PROTOCOL, "observer", f"supervisor, pid {os.getpid()}")
         self._spoke_at = 0.0
         self.welcome: Welcome | None = None
+        self.heard = False  # anything at all, at the last call of `statuses`
 
     @property
     def socket(self) -> Any:
@@ -28,18 +41,31 @@ class Observer:
     def statuses(self) -> list[Status]:
         """Those that came since the last call. Never waits. Raises EngineError when the scheduler refuses us."""
         found = []
-        while self.socket.poll(0):
-            match self._link.receive(0):
+        self.heard = False
+        while (message := self._link.receive(0)) is not None or self.socket.poll(0):
+            self.heard |= message is not None
+            match message:
                 case Status() as status:
                     found.append(status)
                 case Welcome() as welcome:
                     self.welcome = welcome
-                case Heartbeat(epoch) if self.welcome and epoch != self.welcome.epoch:
-                    self.welcome, self._spoke_at = None, 0.0  # another scheduler: introduce ourselves again
+                case Heartbeat(epoch) if epoch == STRANGER_EPOCH or (self.welcome and epoch != self.welcome.epoch):
+                    self.introduce()
                 case Refused(why):
                     raise EngineError(f"the scheduler refused the supervisor: {why}")
+                case _ if message is LOST:
+                    self.introduce()
         self._speak()
         return found
+
+    @property
+    def wait_s(self) -> float:
+        """Shorter while a connection may come: that makes nothing readable."""
+        return HEARTBEAT_S if self.welcome else _SEEKING_S
+
+    def introduce(self) -> None:
+        """Say Hello (again) at the next call: this is another scheduler, or one that has missed something."""
+        self.welcome, self._spoke_at = None, 0.0
 
     def _speak(self) -> None:
         now = time.monotonic()

@@ -6,6 +6,7 @@ meet in `resolve`, where one validation names the option at fault, wherever its 
 """
 
 import difflib
+import json
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
-import yaml
 from msgspec import Struct, structs
 
 from ..common.config import EngineConfig
@@ -177,14 +177,14 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
     return found
 
 
-def from_yaml(file: Path) -> dict[str, tuple[str, Any]]:
-    """name -> (source, value) of a YAML file: options as in flags, with dashes or underscores, flat or by group."""
+def from_file(file: Path) -> dict[str, tuple[str, Any]]:
+    """name -> (source, value) of a YAML or .json file: options as in flags, with dashes or underscores, flat or by
+    group."""
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {file}: is not YAML: {error}") from None
+    tree = _json(file, text) if file.suffix == ".json" else _yaml(file, text)
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -200,6 +200,22 @@ def from_yaml(file: Path) -> dict[str, tuple[str, Any]]:
     return found
 
 
+def _json(file: Path, text: str) -> Any:
+    try:
+        return json.loads(text)  # not msgspec, which knows no infinity
+    except ValueError as error:
+        raise ConfigError(f"--config {file}: is not JSON: {error}") from None
+
+
+def _yaml(file: Path, text: str) -> Any:
+    import yaml  # noqa: PLC0415 (a process that is started again in a hurry reads JSON)
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {file}: is not YAML: {error}") from None
+
+
 def _known_key(key: str, file: Path) -> Option:
     name = key.replace("-", "_")
     for option in OPTIONS:
@@ -209,11 +225,14 @@ def _known_key(key: str, file: Path) -> Option:
 
 
 def _yaml_value(option: Option, value: Any, source: str) -> Any:
-    """YAML's own types pass as they are, for validation to judge; text is read as in a flag."""
+    """YAML's own types pass as they are, for validation to judge; text is read as in a flag, and so are numbers that are
+    choices."""
     if option.several:
         members = value if isinstance(value, list) else [value]
         return [parse_value(option, m, source) if isinstance(m, str) else m for m in members]
-    return parse_value(option, value, source) if isinstance(value, str) else value
+    if isinstance(value, str) or (option.choices and type(value) is int):
+        return parse_value(option, str(value), source)
+    return value
 
 
 def resolve(flags: Mapping[str, Any], *, environ: Mapping[str, str], file: Path | None) -> EngineConfig:
@@ -222,7 +241,7 @@ def resolve(flags: Mapping[str, Any], *, environ: Mapping[str, str], file: Path 
     Raises ConfigError that names the option, its source, the value and the limit.
     """
     given = {name: (BY_NAME[name].flag, _flag_value(BY_NAME[name], value)) for name, value in flags.items()}
-    return build((from_yaml(file) if file else {}) | from_environment(environ) | given)
+    return build((from_file(file) if file else {}) | from_environment(environ) | given)
 
 
 def value_of(option: Option, flag: Any, environ: Mapping[str, str]) -> Any:
@@ -321,6 +340,8 @@ def to_flags(config: EngineConfig) -> list[str]:
 
 def to_yaml(config: EngineConfig) -> str:
     """Every option by group, readable by --config."""
+    import yaml  # noqa: PLC0415 (as above)
+
     text: str = yaml.safe_dump(
         msgspec.to_builtins(config), sort_keys=False
     )  # in ASCII: YAML takes some other line ends for spaces

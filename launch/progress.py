@@ -1,9 +1,11 @@
 """How far the start has come: a bar in a terminal, plain lines anywhere else (a log, a pipe)."""
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from ..common.messages import Status
+from .streams import say
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -32,7 +34,7 @@ class PlainReport:
         self._phase, self._at = status.phase, now
         share = f" {status.progress:.0%}" if 0.0 < status.progress < 1.0 else ""
         detail = f": {status.detail}" if status.detail else ""
-        print(f"{status.phase}{share}{detail}", file=self._stream, flush=True)
+        say(f"{status.phase}{share}{detail}", self._stream)
 
     def close(self) -> None:
         pass
@@ -52,7 +54,8 @@ class BarReport:
         self._progress.update(self._task, description=text, completed=status.progress, total=total)
 
     def close(self) -> None:
-        self._progress.stop()
+        with contextlib.suppress(OSError):  # the terminal is gone
+            self._progress.stop()
 
 
 def report_on(stream: TextIO) -> Report:

@@ -15,6 +15,7 @@ try:
     from quire.common.errors import EXIT_FATAL, ConfigError
     from quire.launch.arguments import SOURCES, Parser, add_options, configuration, printable
     from quire.launch.component import told
+    from quire.launch.streams import stand_in
 except ModuleNotFoundError as error:
     if error.name != "quire":
         raise
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "serve.py") -> int:
     parser = Parser(prog, what, f"{examples}\n{SOURCES}", usage="[MODEL] [OPTION ...]")
     parser.add_argument("positional", nargs="?", metavar="MODEL", help="The same as --model.")
     add_options(parser)
+    stand_in()
     try:
         values = parser.read(sys.argv[1:] if argv is None else argv)
         if values.positional is not None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A worker by itself: one rank of an engine, on this host. `serve.py` starts the same process.
 
-launch/worker.py --scheduler tcp://10.0.0.1:7700 --rank 1
-torchrun --nproc-per-node 2 launch/worker.py --scheduler tcp://10.0.0.1:7700
+launch/worker.py --scheduler tcp://10.0.0.1:7700 --curve-keys peer.keys --rank 1
+torchrun --nproc-per-node 2 launch/worker.py --scheduler tcp://10.0.0.1:7700 --curve-keys peer.keys
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 try:
     from quire.common.errors import ConfigError
     from quire.launch.arguments import Parser, add_option, chosen
-    from quire.launch.component import add_lifeline, add_scheduler, run, told
+    from quire.launch.component import add_keys, add_lifeline, add_scheduler, peer_keys, run, told
     from quire.launch.options import BY_NAME
 except ModuleNotFoundError as error:
     if error.name != "quire":
@@ -34,11 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_scheduler(parser)
     parser.add_argument("--rank", metavar="N", help="Rank of this worker, from 0. Default: $RANK, else 0.")
     add_option(parser, DEVICE)
+    add_keys(parser, "peer.keys")
     add_lifeline(parser)
     try:
         values = parser.read(sys.argv[1:] if argv is None else argv)
         rank = _rank("RANK", os.environ.get("RANK", "0")) if values.rank is None else _rank("--rank", values.rank)
         device, log_level = chosen(values, DEVICE), chosen(values, BY_NAME["log_level"])
+        keys = peer_keys(values)
     except ConfigError as error:
         return told(error)
 
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from quire.worker.process import main as worker  # noqa: PLC0415 (after the lifeline is held: torch takes seconds)
 
-        return worker(scheduler=values.scheduler, rank=rank, device=device, supervised=values.lifeline is not None)
+        supervised = values.lifeline is not None
+        return worker(scheduler=values.scheduler, rank=rank, device=device, supervised=supervised, keys=keys)
 
     return run(f"worker {rank}", f"quire-worker-{rank}", act, lifeline=values.lifeline, log_level=log_level)
 

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,17 +115,37 @@ def test_what_keeps_it_from_starting_is_raised(model: str) -> None:
         LLM("/no/such/model")
 
 
-def test_a_worker_that_dies_is_named_to_those_who_wait(model: str) -> None:
+@pytest.mark.parametrize("part", ["worker", "scheduler"])
+def test_a_part_that_dies_is_replaced_and_no_token_is_another(model: str, llm: LLM, part: str) -> None:
+    long = SamplingParams(max_tokens=100, ignore_eos=True, seed=5)
+    prompts = [f"prompt {i}" for i in range(32)]
+    expected = [output.outputs[0].token_ids for output in llm.generate(prompts, long, use_tqdm=False)]
     before = set(children())
-    with LLM(model, **SMALL) as llm:
+    with LLM(model, **SMALL) as other:
+        ours = set(children()) - before
+        victim = next(p for p in ours if f"quire.launch.{part}" in p.cmdline())
+        timer = threading.Timer(0.05, victim.kill)
+        timer.start()
+        outputs = other.generate(prompts, long, use_tqdm=False)
+        timer.join()
+        assert [output.outputs[0].token_ids for output in outputs] == expected
+        assert other.generate("one", GREEDY, use_tqdm=False)[0].finished
+        replaced = set(children()) - before
+        assert victim not in replaced
+    assert not psutil.wait_procs(list(ours | replaced), timeout=5)[1]
+
+
+def test_an_engine_that_is_gone_for_good_is_named_to_those_who_wait(model: str) -> None:
+    before = set(children())
+    with LLM(model, max_restarts=0, **SMALL) as llm:
         ours = set(children()) - before
         worker = next(p for p in ours if "quire.launch.worker" in p.cmdline())
         worker.kill()
         with pytest.raises(EngineError, match="worker 0 was killed by signal 9"):
             for _ in range(100):
-                llm.generate("one", SamplingParams(max_tokens=100, ignore_eos=True))
+                llm.generate("one", SamplingParams(max_tokens=100, ignore_eos=True), use_tqdm=False)
         with pytest.raises(EngineError, match="worker 0"):
-            llm.generate("one", GREEDY)
+            llm.generate("one", GREEDY, use_tqdm=False)
     assert not psutil.wait_procs(list(ours), timeout=5)[1]
 
 

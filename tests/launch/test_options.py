@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from quire.common.config import EngineConfig
 from quire.common.errors import ConfigError
 from quire.launch.arguments import Parser, add_options, configuration, printable
+from quire.launch.children import write_config
 from quire.launch.options import (
     BY_NAME,
     OPTIONS,
@@ -47,7 +48,8 @@ WITHIN = {
     "master_port": st.integers(1, 65535),
     "max_body_bytes": st.integers(1024, 2**40),
     "gpu_memory_utilization": st.floats(0.0, 1.0, exclude_min=True),
-    "drain_timeout": st.floats(0.0, 1e6),
+    "drain_timeout": st.floats(0.0, 1e6) | st.just(float("inf")),
+    "stall_timeout": st.floats(1.0, 1e6),
 }
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
 
@@ -89,9 +91,17 @@ def test_any_configuration_survives_yaml(tmp_path_factory: pytest.TempPathFactor
     assert parse("--config", str(file)) == config
 
 
+@settings(max_examples=50, deadline=None)
+@given(configs)
+def test_any_configuration_survives_the_file_that_the_scheduler_reads(
+    tmp_path_factory: pytest.TempPathFactory, config: EngineConfig
+) -> None:
+    assert parse("--config", str(write_config(config, tmp_path_factory.mktemp("run")))) == config
+
+
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda o: o.name)
 def test_every_option_has_a_flag_a_variable_and_a_yaml_key(option: Option, tmp_path: Path) -> None:
-    text = {bool: str(not option.default).lower(), int: "1", float: "0.5", str: "x"}[option.kind]
+    text = {bool: str(not option.default).lower(), int: "1", float: "1.0", str: "x"}[option.kind]
     text = "2048" if option.name == "max_body_bytes" else option.choices[-1] if option.choices else text
     flags = (
         [option.flag if text == "true" else f"--no-{option.flag[2:]}"] if option.kind is bool else [option.flag, text]
@@ -167,6 +177,7 @@ def test_what_is_no_size(text: str) -> None:
         (["--tensor-paralel-size", "2"], ["--tensor-paralel-size", "Did you mean --tensor-parallel-size?"]),
         (["--max-model-length=2"], ["--max-model-length", "Did you mean --max-model-len?"]),
         (["--port"], ["--port", "expected one argument"]),
+        (["--config", "/nowhere.json"], ["/nowhere.json", "cannot be read"]),
         (["--config", "/nowhere.yaml"], ["/nowhere.yaml", "cannot be read"]),
     ],
 )
@@ -199,6 +210,16 @@ def test_a_wrong_file_is_told_with_its_key(tmp_path: Path, text: str, said: list
     with pytest.raises(ConfigError) as error:
         parse("--config", str(file))
     assert all(part in str(error.value) for part in said), str(error.value)
+
+
+def test_a_wrong_json_file_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "engine.json"
+    file.write_text('{"port": 1')
+    with pytest.raises(ConfigError, match=r"engine\.json: is not JSON"):
+        parse("--config", str(file))
+    file.write_text('{"port": "x"}')
+    with pytest.raises(ConfigError, match=r"engine\.json, port: expected a whole number"):
+        parse("--config", str(file))
 
 
 def test_a_wrong_variable_is_told_by_its_name() -> None:

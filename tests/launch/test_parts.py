@@ -1,7 +1,11 @@
 """The small parts: run directory, banner, progress, the cause among several ends."""
 
 import io
+import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -25,6 +29,7 @@ from quire.launch.children import (
     frontends,
     write_config,
 )
+from quire.launch.claim import claimed
 from quire.launch.progress import PlainReport
 from quire.launch.run_directory import run_directory
 
@@ -59,6 +64,51 @@ def test_a_given_run_directory_is_left_to_its_owner(tmp_path: Path) -> None:
         pass
 
 
+def test_a_place_that_cannot_be_written_to_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"/proc/config\.json: .*TMPDIR"):
+        write_config(EngineConfig(), Path("/proc"))
+    monkeypatch.setattr("quire.launch.run_directory._base", lambda: Path("/proc"))
+    with pytest.raises(ConfigError, match=r"/proc: .*TMPDIR"), run_directory():
+        pass
+
+
+def test_two_schedulers_do_not_share_a_folder_and_a_killed_one_leaves_it_to_the_next(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _CLAIM, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdin is not None
+    assert holder.stdout.readline() == "claimed\n"
+    with pytest.raises(ConfigError, match=f"another scheduler listens there, process {holder.pid};"), claimed(address):
+        pass
+    holder.kill()
+    holder.wait()
+    with claimed(address):
+        pass
+    with pytest.raises(ConfigError, match="No such file or directory"), claimed(f"ipc://{tmp_path}/none"):
+        pass
+
+
+_CLAIM = """
+import sys
+from quire.launch.claim import claimed
+with claimed(sys.argv[1]):
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_port_that_is_taken_is_refused_and_its_holder_named(port: int) -> None:
+    with socket.create_server(("127.0.0.1", port + 1)):  # the workers' wire
+        said = rf"127\.0\.0\.1:{port + 1}: this port is in use by process {os.getpid()} .*--listen"
+        with pytest.raises(ConfigError, match=said), claimed(f"tcp://127.0.0.1:{port}"):
+            pass
+    with claimed(f"tcp://127.0.0.1:{port}"):
+        pass
+    with pytest.raises(ConfigError, match="name an address of this host"), claimed("tcp://192.0.2.1:7700"):
+        pass
+
+
 def test_the_banner_says_what_fits_and_how_to_ask() -> None:
     server = ServerConfig(host="0.0.0.0")
     welcome = Welcome(1, EngineConfig(parallel=ParallelConfig(tensor_parallel_size=2), server=server), INFO)
@@ -71,6 +121,10 @@ def test_the_banner_says_what_fits_and_how_to_ask() -> None:
         "consider --api-key",
     ):
         assert part in text
+    filed = EngineConfig(server=ServerConfig(host="0.0.0.0", api_keys_file="keys.yaml"))
+    assert "consider" not in banner(
+        "0.1", "http://x", msgspec.structs.replace(welcome, config=filed), Capacity(1, 1, 1, 1)
+    )
     keyed = msgspec.structs.replace(welcome.config, server=ServerConfig(host="0.0.0.0", api_key=("sesame",)))
     assert "sesame" not in sample("http://x", keyed)
     assert "Authorization: Bearer $API_KEY" in sample("http://x", keyed)
@@ -92,7 +146,9 @@ def test_the_cause_of_several_ends() -> None:
     assert cause_of([Exit(child, 0), fault, killed]) is killed
     assert cause_of([Exit(child, 0), fault]) is fault
     assert cause_of([fault]) is fault
-    assert "worker 1 was killed by signal 9 (SIGKILL), likely for lack of memory" in str(killed)
+    assert "worker 1 was killed by signal 9 (SIGKILL), likely for lack of memory; a lower --gpu-" in str(killed)
+    assert str(Exit(child, -40)) == "worker 1 was killed by signal 40 (real-time)"
+    assert str(Exit(child, -signal.SIGKILL, "hung")) == "worker 1 hung"
     assert (killed.engine_code, config.engine_code) == (EXIT_FATAL, EXIT_CONFIG)
 
 

@@ -74,6 +74,18 @@ def test_a_model_that_is_not_there_is_refused_soon() -> None:
     assert_told(result, "/no/such/model", "no such directory")
 
 
+def test_a_model_that_leads_in_a_circle_is_refused(tmp_path: Path) -> None:
+    circle = tmp_path / "model"
+    circle.symlink_to(circle)
+    assert_told(run("serve.py", str(circle), "--port", "0"), str(circle), "no such directory")
+    (tmp_path / "config.json").symlink_to(tmp_path / "config.json")
+    assert_told(run("serve.py", str(tmp_path), "--port", "0"), str(tmp_path), "config.json")
+
+
+def test_a_file_of_keys_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    assert_told(run("serve.py", "--port", "0", "--api-keys-file", str(tmp_path / "none")), "--api-keys-file", "none")
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     assert_told(run("serve.py", str(tmp_path), "--port", "0"), str(tmp_path), "config.json")
 

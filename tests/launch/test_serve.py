@@ -1,98 +1,17 @@
 """The real thing: serve.py and the component scripts, with a tiny random model."""
 
-import contextlib
-import os
-import random
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from quire.common.errors import EXIT_CONFIG, EXIT_FATAL
 
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-SMALL = ("--num-gpu-blocks-override=64", "--max-model-len=256", "--threads=1")
-
-
-class Server:
-    """A process of ours and all below it, its output in files."""
-
-    def __init__(self, folder: Path, script: str, *options: str) -> None:
-        self.began = time.monotonic()
-        self.out, self.err = folder / f"{script}.out", folder / f"{script}.err"
-        with self.out.open("w") as out, self.err.open("w") as err:
-            self.process = psutil.Popen(
-                [sys.executable, str(LAUNCH / script), *options],
-                stdout=out,
-                stderr=err,
-                env=os.environ | {"TMPDIR": str(folder), "XDG_RUNTIME_DIR": ""},
-            )
-        self.below: list[psutil.Process] = []
-
-    def answers(self, url: str, status: int, within_s: float) -> None:
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(url, timeout=1).status_code == status:
-                    return
-            assert time.monotonic() - self.began < within_s, self.err.read_text()
-            assert self.process.poll() is None, self.err.read_text()
-            time.sleep(0.02)
-
-    def ready(self, port: int) -> "Server":
-        self.answers(f"http://127.0.0.1:{port}/ready", 200, 60)
-        self.below = self.process.children()
-        return self
-
-    def part(self, name: str) -> psutil.Process:
-        return next(p for p in self.below if f"quire.launch.{name}" in p.cmdline())
-
-    def end(self) -> int:
-        return int(self.process.wait(20))
-
-    def assert_nothing_is_left(self) -> None:
-        assert not psutil.wait_procs(self.below, timeout=5)[1]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    started: list[Server] = []
-
-    def begin(script: str, *options: str) -> Server:
-        started.append(Server(tmp_path, script, *options))
-        return started[-1]
-
-    yield begin
-    for server in started:
-        for process in (server.process, *server.below):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` free ports in a row, below those that the kernel gives to outgoing connections."""
-    while True:
-        first = random.randrange(10_000, 30_000)
-        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
-            for number in range(first, first + count):
-                held.enter_context(socket.create_server(("127.0.0.1", number)))
-            return first
-
-
-@pytest.fixture
-def port() -> int:
-    return free_ports(1)
-
-
-def complete(port: int, tokens: int) -> httpx.Response:
-    body = {"prompt": "hello", "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    return httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=30)
+from .processes import SMALL, Server, complete, free_ports
 
 
 def test_it_answers_soon_serves_and_lets_running_requests_finish(
@@ -123,19 +42,50 @@ def test_it_answers_soon_serves_and_lets_running_requests_finish(
 
 
 @pytest.mark.parametrize("part", ["worker", "scheduler", "frontend"])
-def test_a_part_that_is_killed_is_named_and_ends_all(
+def test_a_part_that_is_killed_is_started_again_and_the_port_stays(
     start: Callable[..., Server], port: int, checkpoint: Callable[[str], Path], part: str
 ) -> None:
-    server = start("serve.py", str(checkpoint("llama")), "--port", str(port), *SMALL).ready(port)
+    server = start("serve.py", str(checkpoint("llama")), "--port", str(port), *SMALL, "--frontends=2").ready(port)
+    before = complete(port, 16).json()["choices"][0]["text"]
+    victim = server.part(part)
+    victim.kill()
+    server.said("was killed by signal 9 (SIGKILL), likely for lack of memory")
+    for _ in range(4):  # of two frontends: the other one, or the connection waits in the port's queue
+        assert complete(port, 16).json()["choices"][0]["text"] == before
+    server.below = server.process.children()
+    assert len(server.below) == 4
+    assert victim not in server.below
+    server.process.terminate()
+    assert server.end() == 0
+    server.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("part", ["worker", "scheduler"])
+def test_at_the_last_restart_streams_end_with_an_error_and_all_ends(
+    start: Callable[..., Server], port: int, checkpoint: Callable[[str], Path], part: str
+) -> None:
+    server = start("serve.py", str(checkpoint("llama")), "--port", str(port), *SMALL, "--max-restarts=0").ready(port)
     body = {"prompt": "hello", "max_tokens": 200, "n": 8, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=30) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data:")
         server.part(part).kill()
-        if part == "worker":
-            assert "worker 0 is gone" in "".join(lines)
+        assert "engine_dead" in "".join(lines)
     assert server.end() == EXIT_FATAL
     assert f"{part}{' 0' if part == 'worker' else ''} was killed by signal 9 (SIGKILL)" in server.err.read_text()
+    server.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("streams", [">/dev/full 2>&1", ">&- 2>&-"])
+def test_streams_that_cannot_be_written_to_change_nothing(
+    start: Callable[..., Server], port: int, checkpoint: Callable[[str], Path], streams: str
+) -> None:
+    server = start("serve.py", str(checkpoint("llama")), "--port", str(port), *SMALL, streams=streams).ready(port)
+    assert server.process.cmdline()[0] == sys.executable
+    server.part("worker").kill()
+    assert complete(port, 8).status_code == 200
+    server.process.terminate()
+    assert server.end() == 0
     server.assert_nothing_is_left()
 
 
