@@ -1,12 +1,41 @@
 """Fixtures that several folders share. Models are built once per run, servers once per module that needs one."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from .checkpoints import build_checkpoint, load_oracle
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="The same tests with the counts that a release is held to: hours, not minutes.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much of it a test does."""
+
+    kills: int = 4
+    clients: int = 64  # that hang up at once
+    connections: int = 1000  # that are open and idle
+    frames: int = 2000  # to each socket
+    requests: int = 600  # of which nothing may be left
+
+
+LONG = Sizes(kills=200, clients=500, connections=10_000, frames=100_000, requests=20_000)
+
+
+@pytest.fixture(scope="session")
+def sizes(pytestconfig: pytest.Config) -> Sizes:
+    """Small by default, LONG with --long."""
+    return LONG if pytestconfig.getoption("--long") else Sizes()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from quire.common.config import EngineConfig
 from quire.common.model_info import ModelInfo
 from quire.common.sampling import SamplingParams
 
+from .mutation import Mutator
+
 INT = st.integers(-(2**63), 2**63 - 1)
 INFO = st.builds(
     ModelInfo,
@@ -45,6 +47,8 @@ def strategy(kind: type) -> st.SearchStrategy:
     """Values of a field, from its type."""
     if kind in FIELDS:
         return FIELDS[kind]
+    if kind == messages.Label:
+        return st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200)
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return struct(kind)
     if typing.get_origin(kind) is list:
@@ -55,7 +59,7 @@ def strategy(kind: type) -> st.SearchStrategy:
 
 
 def struct(kind: type[msgspec.Struct]) -> st.SearchStrategy:
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     return st.builds(kind, **{name: strategy(hints[name]) for name in kind.__struct_fields__})
 
 
@@ -73,6 +77,20 @@ def test_every_message_arrives_as_it_was_sent(union: object, kind: type, data: s
     assert near.receive() == message
 
 
+@pytest.mark.parametrize("union", UNIONS, ids=["FromFrontend", "ToFrontend", "FromWorker", "ToWorker"])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**32))
+def test_spoilt_messages_decode_to_others_or_are_dropped_and_counted(
+    union: object, data: st.DataObject, seed: int
+) -> None:
+    kinds = typing.get_args(union)
+    mutator = Mutator(seed, [data.draw(struct(data.draw(st.sampled_from(kinds))))])
+    codec: Codec[object] = Codec(union)
+    decoded = [codec.decode(mutator.next()) for _ in range(20)]
+    assert all(message is None or isinstance(message, kinds) for message in decoded)
+    assert codec.bad_frames == decoded.count(None)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_dropped_and_counted(frame: bytes) -> None:
@@ -88,6 +106,12 @@ def test_mutated_frames_decode_to_a_valid_message_or_to_nothing(position: int, b
     frame[position % len(frame)] = byte
     decoded = Codec(messages.FromFrontend).decode(bytes(frame[: cut % len(frame) + 1]))
     assert decoded is None or isinstance(decoded, typing.get_args(messages.FromFrontend))
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[31m", "x" * 201])
+def test_a_peer_with_a_name_that_a_log_cannot_show_is_not_heard(name: str) -> None:
+    codec: Codec[object] = Codec(messages.FromFrontend)
+    assert codec.decode(encode(messages.Hello(messages.PROTOCOL, "frontend", name))) is None
 
 
 def test_deeply_nested_and_oversized_frames_are_dropped() -> None:

@@ -6,8 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import httpx
 import psutil
@@ -23,29 +26,58 @@ def free_port() -> int:
         return port
 
 
+def free_pair() -> int:
+    """A port that is free, and so is the one after it: a scheduler on tcp listens on both."""
+    while True:
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError, OverflowError):
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            second.bind(("127.0.0.1", port + 1))
+            return port
+
+
 def script(name: str, *args: object) -> list[str]:
     """The command line of one of the scripts in launch/, as a user would type it."""
     return [sys.executable, str(ROOT / "launch" / f"{name}.py"), *map(str, args)]
 
 
 class Server:
-    """`launch/serve.py` with the given flags. A context manager: leaves when no process of it is left."""
+    """`launch/serve.py` with the given flags. A context manager: leaves when no process of it is left.
 
-    def __init__(self, *flags: object, port: int | None = None) -> None:
+    `command` and `environment` go in the place of the script and of what is inherited. What is printed goes to a file,
+    or to `output`: a file takes any amount unread, a full pipe would hold the server.
+    """
+
+    def __init__(
+        self,
+        *flags: object,
+        port: int | None = None,
+        command: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        output: IO[str] | None = None,
+    ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.flags = flags
+        self._printed = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 (closed in __exit__)
         self.process = subprocess.Popen(
-            script("serve", "--port", self.port, *flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*(command or script("serve")), "--port", str(self.port), *map(str, flags)],
+            stdout=output or self._printed,
+            stderr=subprocess.STDOUT,
+            env=environment,
         )
         self.http = httpx.Client(base_url=self.url, timeout=60)
-        self.output = ""
 
     def __enter__(self) -> "Server":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
-        self.http.close()
+        try:
+            self.stop()
+        finally:
+            self.process.kill()  # what did not stop is a failure already
+            self.http.close()
+            self._printed.close()
 
     def wait_ready(self) -> "Server":
         """Raises AssertionError with what the server printed when it ends instead."""
@@ -69,19 +101,19 @@ class Server:
         if self.process.poll() is None:
             tree = self.tree()
             self.process.send_signal(signal.SIGTERM)
-            self.read_output(timeout=60)
+            self.process.wait(60)
             _, alive = psutil.wait_procs(tree, timeout=10)
             assert not alive, f"left behind: {alive}"
         return self.process.returncode
 
-    def read_output(self, timeout: float = 30) -> str:
+    def read_output(self, timeout: float = 60) -> str:
         """All that was printed, once the process has ended."""
-        try:
-            self.output += self.process.communicate(timeout=timeout)[0] or ""
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-        return self.output
+        self.process.wait(timeout)
+        return self.log()
+
+    def log(self) -> str:
+        """What was printed so far."""
+        return Path(self._printed.name).read_text(errors="replace")
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of a metric in /metrics; raises AssertionError when it is not there."""
@@ -113,11 +145,9 @@ def run_to_end(*flags: object, timeout: float = 60) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def wait_until(condition: "object", seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
     """Poll `condition()` until it is true; raises AssertionError when it never is."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():  # type: ignore[operator]
-            return
+    while not condition():
+        assert time.monotonic() < end, "it did not come true in time"
         time.sleep(0.02)
-    raise AssertionError("it did not come true in time")
