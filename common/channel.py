@@ -236,7 +236,8 @@ class Speaker(Generic[T]):
         except ValueError as error:
             self.codec.drop(error)
             return None
-        if not session:
+        if not session:  # this peer is in no conversation, whatever it was told before
+            self._welcomed = True
             return self.codec.decode(body)
         match self._conversation.judge(session, number):
             case Verdict.NEXT:
@@ -328,9 +329,9 @@ class AsyncLink(Speaker[T]):
                     continue
             self._line.connect_again()
 
-    def close(self) -> None:
+    def close(self, linger_s: float = 1.0) -> None:
         self._watching.cancel()
-        self.socket.close(linger=1000)
+        self.socket.close(linger=int(linger_s * 1000))
 
 
 class MemoryEnd(Generic[T]):

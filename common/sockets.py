@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 HUB_BACKLOG = 10_000  # frames of, or for, one peer that may wait here; who sends more waits, who reads less is gone
 NAMED = b"q"  # begins the identity of each of our peers; ZeroMQ's own names, of peers that have none, begin with 0
 EVERYWHERE = "internal sockets do not listen on every interface; name the address of one"
-RETRY_S = 1.0
+RETRY_S = 1.0  # after a refusal
+HANDSHAKE_S = 5.0  # from connection to first frame; then it is ended
 
 _REFUSALS: Final[dict[int, str]] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not know the keys of this process",
@@ -93,8 +94,7 @@ def dealer(context: Any, address: str, keys: "curve.PeerKeys | None") -> Any:
     socket.setsockopt(zmq.IDENTITY, NAMED + uuid.uuid4().bytes + os.getpid().to_bytes(4, "little"))
     if keys is not None:
         curve.introduce(socket, keys)
-    socket.setsockopt(zmq.RECONNECT_IVL, 50)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
+    socket.setsockopt(zmq.RECONNECT_IVL, 50)  # and no longer each time: a scheduler is back within half a second
     socket.watch()
     try:
         socket.connect(address)
@@ -113,7 +113,7 @@ def _tune(socket: Any, address: str) -> None:
     if address.startswith("tcp://"):  # on one host a dead peer's connection closes; a paused one is waited for
         socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000))
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(PEER_TIMEOUT_S * 1000))
-    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
     with contextlib.suppress(AttributeError, zmq.ZMQError):  # not on every platform, and only tcp needs it
         socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
 
@@ -150,7 +150,7 @@ class Line:
         telling = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL or self._num_refusals >= _ALONE
         if telling and self._num_refusals.bit_count() == 1:
             why = _REFUSALS[event]
-            log.warning("cannot talk to %s (%d attempts so far): %s", self._address, self._num_refusals, why)
+            log.warning("cannot talk to %s (attempt %d): %s", self._address, self._num_refusals, why)
 
     def connect_again(self) -> None:
         self.gave_up_at = None

@@ -62,7 +62,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def data_received(self, data: bytes) -> None:
-        self._places.asks(self)
         self._overhead += len(data)
         if self._clock is None:  # after a message; uvicorn's own clock stops at any byte, even one that begins none
             self._expect("idle", self._timeouts.head_s)

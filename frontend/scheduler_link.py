@@ -58,8 +58,7 @@ class SchedulerLink:
     def connect(self, address: str, keys: PeerKeys | None) -> None:
         self._context = zmq.asyncio.Context()
         self._link: AsyncLink[ToFrontend] = AsyncLink(self._context, address, ToFrontend, keys)
-        self._connections = self._link.socket.get_monitor_socket(zmq.Event.HANDSHAKE_SUCCEEDED)
-        for work in (self._receive(), self._send(), self._beat(), self._greet_again()):
+        for work in (self._receive(), self._send(), self._beat()):
             task = asyncio.create_task(work)
             task.add_done_callback(self._task_ended)
             self._tasks.append(task)
@@ -71,12 +70,7 @@ class SchedulerLink:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for message in _aborts_as_one([*self._outbox, *last_words]) if heard else ():
             await self._link.send(message)
-        self._link.socket.disable_monitor()
-        self._connections.close(linger=0)
-        if heard:
-            self._link.close()
-        else:
-            self._link.socket.close(linger=0)
+        self._link.close(linger_s=1.0 if heard else 0.0)
         await asyncio.to_thread(self._context.term)  # waits until the last words are out, a second at most
 
     @property
@@ -137,13 +131,6 @@ class SchedulerLink:
             else:
                 self._say_hello()
             await asyncio.sleep(HEARTBEAT_S)
-
-    async def _greet_again(self) -> None:
-        """A word at each connection: a scheduler that has just come to this address asks for Hello at once."""
-        while True:
-            await self._connections.recv_multipart()
-            if self.connected:
-                self._put(self._heartbeat())
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -13,7 +13,6 @@ from ..common.errors import EngineError, QuireError
 from ..common.messages import Output, Quota, Submit, pack
 from ..common.sampling import SamplingParams
 
-
 # Since a sequence was submitted last. One token would prove nothing: computing what is here anew ends in one.
 PROOF_TOKENS = 2
 

@@ -55,6 +55,8 @@ class Engine(Server):
         )
         self._golden: dict[str, str] = {} if answers is None else answers
         self._usual: Snapshot | None = None
+        self._faulty = how.get("command") == FAULTY
+        self._read = 0  # characters of the log that were looked at
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -162,10 +164,18 @@ class Engine(Server):
         with self.crowd(FRESH) as crowd:
             self.check_records(crowd.join())
         wait_until(self.is_idle, BACK_S)
+        self.check_log()
         end = time.monotonic() + 15  # connections that are kept alive go after a while
         while growth := Snapshot(self).beyond(self.usual):
             assert time.monotonic() < end, growth
             time.sleep(0.1)
+
+    def check_log(self) -> None:
+        """Nobody has ended by itself since the last time: recovery hides bugs as well as it does faults."""
+        told, self._read = self.log()[self._read :], len(self.log())
+        if not self._faulty:
+            assert "Traceback" not in told, told[-8000:]
+            assert "exited with code" not in told, told[-8000:]
 
 
 class Snapshot:

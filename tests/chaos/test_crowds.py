@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from ..conftest import Sizes
-from ..e2e.server import script, wait_until
+from ..e2e.server import wait_until
 from .clients import STREAM, Body, Connection, Load, whole, workload
-from .conftest import Answers, Engines
-from .engine import BACK_S, FREELY, FRESH, Engine, seconds_until
+from .conftest import Engines
+from .engine import BACK_S, FRESH, Engine, seconds_until
 
 BODIES = workload(32)
 FREED_S = 1.0
@@ -117,19 +117,6 @@ def test_idle_connections(engine: Engine, sizes: Sizes) -> None:
             engine.check_records(crowd.join())
             assert engine.part("frontend").memory_info().rss - before < 32_768 * sizes.connections + (16 << 20)
     engine.check()
-
-
-def test_no_descriptors_left(answers: Answers) -> None:
-    """A frontend that cannot accept serves whom it has, and accepts again when there is room."""
-    limited = ["sh", "-c", 'ulimit -n 128; exec "$@"', "sh", *script("serve")]
-    with Engine(*FREELY, command=limited, answers=answers) as engine:
-        engine.settle()
-        with engine.crowd(BODIES) as crowd:
-            crowd.flowing(5)
-            with idle_connections(engine.port, 400):
-                engine.check_records(crowd.join())
-        engine.check()
-        assert len(engine.log()) < 100_000  # not one line for each attempt
 
 
 def test_a_storm_of_scrapes(engine: Engine) -> None:

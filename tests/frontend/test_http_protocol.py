@@ -39,7 +39,8 @@ async def count(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["path"] == "/begun":
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"and", "more_body": True})
-        await receive()
+        while (await receive())["type"] != "http.disconnect":
+            pass
         return
     answer = b"%d %s" % (size, b",".join(name for name, _ in scope["headers"]))
     if scope["path"] == "/large":

@@ -13,7 +13,7 @@ from quire.frontend.engine_client import num_held
 from quire.frontend.sequences import MAX_ATTEMPTS
 from quire.frontend.streams import EngineDead
 
-from .fake_scheduler import FakeScheduler
+from .fake_scheduler import FakeScheduler, http
 from .sequence_client import connected, expected, ids, submit, until
 
 
@@ -152,3 +152,20 @@ def test_a_scheduler_that_comes_back_with_another_model(scheduler: FakeScheduler
                 assert isinstance(await client.wait_ended(), EngineDead)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_fails_alone_is_named_and_not_to_come_again(url: str, engine: FakeScheduler, stream: bool) -> None:
+    """The openai client would repeat a 500, and with it what the engine cannot survive."""
+
+    def answer(submit: Submit) -> Output:
+        """Tokens and a fault, or tokens that do not follow on anything."""
+        return Output(submit.id, 0, [5, 6], "error", error="NaN logits") if stream else Output(submit.id, 2, [5])
+
+    engine.answer = answer
+    body = {"prompt": "hello world", "stream": stream}
+    got = http.post(f"{url}/v1/completions", json=body, headers={"x-request-id": "the-one"})
+    assert len(engine.submits) == (1 if stream else MAX_ATTEMPTS)
+    error = msgspec.json.decode(got.text.strip().rpartition("data: ")[2])["error"]
+    assert error["code"] == "internal_error" and "the-one" in error["message"]
+    assert stream or (got.status_code, got.headers["x-should-retry"]) == (500, "false")

@@ -24,6 +24,7 @@ from ..checkpoints import build_checkpoint
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.norm.weight"
+BESIDE = "a shard lies beside its index"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -81,6 +82,20 @@ def index(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
 
 def shard(name: str, file: str) -> Callable[[Path], None]:
     return index(lambda home: {**home, name: file})
+
+
+def moved(to: str) -> Callable[[Path], None]:
+    """The shard with DOWN lies elsewhere, and the index says so truly."""
+
+    def damage(path: Path) -> None:
+        target = path / to.format(path=path.parent)
+        target.parent.mkdir(exist_ok=True)
+        home = json.loads((path / INDEX).read_text())["weight_map"]
+        said = to.format(path=path.parent)
+        index(lambda all_: {name: said if file == home[DOWN] else file for name, file in all_.items()})(path)
+        (path / home[DOWN]).rename(target)
+
+    return damage
 
 
 def config(**fields: Any) -> Callable[[Path], None]:
@@ -158,16 +173,20 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], list[str]]] = {
     "a pipe": ("one file", pipe_in_its_place, ["no *.safetensors"]),
     "a link to itself": ("one file", link_to_itself, ["no *.safetensors"]),
     "pickles only": ("one file", only_pickles, ["pytorch_model.bin", "convert it to safetensors"]),
-    "shard above": ("shards", shard(DOWN, "../secret.safetensors"), [INDEX, DOWN, "../secret"]),
-    "shard below": ("shards", shard(DOWN, "x/secret.safetensors"), [INDEX, DOWN, "x/secret"]),
-    "shard elsewhere": ("shards", shard(DOWN, "/etc/secret.safetensors"), [INDEX, DOWN, "/etc/secret"]),
-    "shard that is the folder above": ("shards", shard(DOWN, ".."), [INDEX, DOWN]),
-    "shard without a name": ("shards", shard(DOWN, ""), [INDEX, DOWN]),
-    "shard of another format": ("shards", shard(DOWN, "pytorch_model.bin"), [INDEX, DOWN, "pytorch_model.bin"]),
+    "shard above": ("shards", moved("../secret.safetensors"), [INDEX, "../secret", BESIDE]),
+    "shard below": ("shards", moved("x/secret.safetensors"), [INDEX, "x/secret", BESIDE]),
+    "shard elsewhere": ("shards", moved("{path}/secret.safetensors"), [INDEX, "/secret", BESIDE]),
+    "shard of another format": ("shards", moved("pytorch_model.bin"), [INDEX, "pytorch_model.bin", BESIDE]),
+    "shard that is the folder above": ("shards", shard(DOWN, ".."), [INDEX, DOWN, BESIDE]),
+    "shard without a name": ("shards", shard(DOWN, ""), [INDEX, DOWN, BESIDE]),
     "shard with a null byte": ("shards", shard(DOWN, "a\0.safetensors"), [INDEX, DOWN, r"a\x00"]),
     "shard that is no text": ("shards", shard(DOWN, "\ud800.safetensors"), [INDEX, DOWN, r"\ud800"]),
     "shard with a long name": ("shards", shard(DOWN, "a" * 300 + ".safetensors"), ["missing", DOWN]),
-    "index that names what is not there": ("shards", shard("model.x", "model-00001-of-00006.safetensors"), ["model.x"]),
+    "index that names what is not there": (
+        "shards",
+        shard("model.x", "model-00001-of-00006.safetensors"),
+        ["model-00001-of-00006.safetensors", "there is no 'model.x' in it", INDEX],
+    ),
     "index with a name that is no text": ("shards", shard("\ud800", "model-00001-of-00006.safetensors"), [r"\ud800"]),
     "index that names a tensor twice": ("shards", index(named_twice), [INDEX, DOWN, "twice"]),
     "index that is nested deeply": ("shards", index(lambda _: "[" * 100_000), [INDEX]),

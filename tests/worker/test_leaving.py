@@ -51,10 +51,11 @@ class Wire:
 
 
 class Device:
-    """Stands in for a runner. `fails` is what step 7 raises, when it is launched or when it is read."""
+    """Stands in for a runner, whose steps are `ready` at once or not. `fails` is what step 7 raises, when it is launched
+    or when it is read."""
 
-    def __init__(self, fails: Exception | None = None, *, when: str = "launch") -> None:
-        self.fails, self.when = fails, when
+    def __init__(self, fails: Exception | None = None, *, when: str = "launch", ready: bool = True) -> None:
+        self.fails, self.when, self.ready = fails, when, ready
         self.held: weakref.ref[torch.Tensor] | None = None
 
     def launch(self, plan: Any) -> Any:
@@ -69,10 +70,8 @@ class Device:
 
 
 class Step:
-    ready = True
-
     def __init__(self, device: Device, step: int) -> None:
-        self.device, self.step = device, step
+        self.device, self.step, self.ready = device, step, device.ready
 
     def read(self) -> StepOutput:
         self.device._fail(self.step, "read")
@@ -116,6 +115,12 @@ def test_what_was_missed_ends_the_group(says: list[Any], why: str) -> None:
     assert [type(message) for message in heard] == [Left, Hello]
     assert (heard[0].rank, heard[0].epoch, heard[0].out_of_memory) == (0, EPOCH, False)
     assert why in heard[0].why
+
+
+@pytest.mark.parametrize("why", [LOST, Heartbeat(EPOCH + 1)])
+def test_what_was_not_read_is_not_answered(why: Any) -> None:
+    heard = said(plan(3), plan(4), why, None, None, plan(5), None, device=Device(ready=False))
+    assert not [message for message in heard if isinstance(message, StepResult)]
 
 
 def test_who_is_called_away_only_says_hello() -> None:

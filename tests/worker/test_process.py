@@ -122,8 +122,7 @@ def test_a_model_that_cannot_be_served(
     there = Scheduler(tmp_path, broken)
     try:
         worker = there.start_worker()
-        identity, _ = there.expect(Hello)
-        there.hub.send(identity, Welcome(there.epoch, there.config, there.info))
+        there.welcome()
         fault = there.expect(WorkerFault)[1]
         assert ("tanh" if damage == "config.json" else damage) in fault.why
         assert worker.wait(10) == EXIT_CONFIG

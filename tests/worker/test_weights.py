@@ -206,6 +206,12 @@ def test_what_is_not_implemented_is_refused(
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("window", [[], {}, 0, False, "", "24", 1.5])
+def test_a_window_is_a_count_or_null(checkpoint: Callable[[str], Path], window: Any) -> None:
+    with pytest.raises(ConfigError, match="sliding_window"):
+        build({**read_config(checkpoint("mistral-window")), "sliding_window": window})
+
+
 def test_a_missing_key_is_named(checkpoint: Callable[[str], Path]) -> None:
     config = read_config(checkpoint("llama"))
     for key in ("hidden_size", "num_hidden_layers", "rms_norm_eps", "hidden_act", "intermediate_size", "vocab_size"):
