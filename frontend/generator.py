@@ -16,6 +16,9 @@ from .streams import Routing, TokenStream
 from .tokenizer import Tokenizer
 
 
+AT_ONCE = 32  # prompts that one request may have taken up before others get their turn
+
+
 class Generator:
     """Serves requests through `client`, with the model's `tokenizer`."""
 
@@ -64,14 +67,18 @@ class Generator:
                     stream = self.client.submit(prompt, sampled, routing=routing, wake=wake)
                     text = Detokenizer(self.tokenizer.backend, self.tokenizer.special_ids, prompt, params)
                     requests[-1].choices.append(_Choice(index, stream, text))
+                if len(requests) % AT_ONCE == 0:
+                    await asyncio.sleep(0)
             running = list(enumerate(requests))
             while running:
                 wake.clear()
-                moved = [
-                    (index, output) for index, request in running if (output := request.advance(request_id)) is not None
-                ]
-                for item in moved:
-                    yield item
+                moved = False
+                for place, (index, request) in enumerate(running, 1):
+                    if (output := request.advance(request_id)) is not None:
+                        moved = True
+                        yield index, output
+                    if place % AT_ONCE == 0:
+                        await asyncio.sleep(0)
                 running = [(index, request) for index, request in running if not request.finished]
                 if running and not moved:
                     await wake.wait()

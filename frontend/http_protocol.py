@@ -5,11 +5,12 @@ import asyncio
 import logging
 import socket
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from ..common.errors import RequestError
 from . import errors
@@ -42,6 +43,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._phase: Literal["idle", "head", "body"] = "idle"
         self._clock: asyncio.TimerHandle | None = None  # runs while something is to come from the client
         self._overhead = 0  # bytes since the last one of a body, or the beginning or the end of a message
+        self._unanswered: deque[RequestResponseCycle] = deque()  # requests whose headers are here, the first one first
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -56,12 +58,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._places.left(self)
         self._stop_clock()
+        for cycle in self._unanswered:  # uvicorn tells the last one alone, and the others fail where they write
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def give_way(self) -> None:
         self.transport.close()
 
     def data_received(self, data: bytes) -> None:
+        self._places.asks(self)
         self._overhead += len(data)
         if self._clock is None:  # after a message; uvicorn's own clock stops at any byte, even one that begins none
             self._expect("idle", self._timeouts.head_s)
@@ -81,7 +87,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse(RequestError("this is no HTTP request that can be answered"))
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= MAX_PIPELINED:
+        if len(self._unanswered) > MAX_PIPELINED:
             raise RequestError("too many requests behind one that is not answered yet")  # the parser stops
         super().on_message_begin()
         self._overhead = 0
@@ -93,6 +99,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        self._unanswered.append(self.cycle)
         self._expect("body", self._timeouts.body_s)
 
     def on_body(self, body: bytes) -> None:
@@ -106,8 +113,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        self._unanswered.popleft()
         super().on_response_complete()
-        if self._phase == "idle" and not self.pipeline:
+        if self._phase == "idle" and not self._unanswered:
             self._places.rests(self, time.monotonic())
 
     def _expect(self, phase: Literal["idle", "head", "body"], within_s: float) -> None:
@@ -121,21 +129,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._clock = None
 
     def _expired(self, within_s: float) -> None:
-        if self.flow.read_paused or (self._answering and self._phase != "body"):
-            self._expect(self._phase, within_s)  # it is the client that waits: for its turn, or for an earlier answer
+        answering = len(self._unanswered) > (self._phase == "body")  # an earlier one than that which is arriving
+        if self.flow.read_paused or answering:
+            self._expect(self._phase, within_s)  # it is the client that waits, for its turn or for an earlier answer
         elif self._phase == "idle":
             self.transport.close()
         else:
             self._refuse(RequestError(f"the {self._phase} of the request took longer than {within_s:g} s", status=408))
 
-    @property
-    def _answering(self) -> bool:
-        """Whether the last request whose headers have come, or one before it, is without its whole answer."""
-        return self.cycle is not None and not self.cycle.response_complete
-
     def _refuse(self, error: RequestError) -> None:
-        """Close, after an answer that says why unless another one is being sent."""
-        if not self.pipeline and not (self._answering and self.cycle.response_started):
+        """Close, after an answer that says why unless another one is being sent, or the request has had its own."""
+        is_answered = self._phase == "body" and self.cycle.response_complete
+        if not is_answered and not any(cycle.response_started for cycle in self._unanswered):
             content = errors.body(error)
             fields = {"content-type": "application/json", "content-length": str(len(content))}
             fields |= {name.lower(): value for name, value in errors.headers(error).items()} | {"connection": "close"}

@@ -16,7 +16,7 @@ from .engine import BACK_S, FRESH, Engine
 
 STREAMS = 32  # every other one samples
 BODIES = workload(STREAMS)
-LONG_BODIES = workload(STREAMS, 200, first=100)  # for more than one blow
+LONG_BODIES = workload(STREAMS, 140, first=100)  # for more than one blow
 SHORT_BODIES = workload(STREAMS, 50, first=200)  # for two workers that share the cores
 
 
@@ -97,7 +97,7 @@ def test_at_random_moments(engines: Engines, sizes: Sizes, tp: int) -> None:
     engine = engines(*(("--tp", 2) if tp == 2 else ()))
     rng = random.Random(tp)
     victims = [("worker", rng.randrange(tp)) if rng.random() < 0.6 else ("scheduler", 0) for _ in range(sizes.kills)]
-    bodies = LONG_BODIES if tp == 1 else BODIES
+    bodies = LONG_BODIES if tp == 1 else SHORT_BODIES
     engine.learn(bodies)
     while victims:
         with engine.crowd(bodies) as crowd:

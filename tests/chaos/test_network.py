@@ -93,7 +93,15 @@ def on_hosts(hosts: Hosts, folder: Path, tp: int) -> Iterator[Parts]:
         yield parts
 
 
-@pytest.mark.parametrize(("tp", "host"), [(1, "sched"), (1, "front"), (1, "work0"), (2, "work1")])
+@pytest.mark.parametrize(
+    ("tp", "host"),
+    [
+        (1, "sched"),
+        (2, "work1"),
+        pytest.param(1, "front", marks=pytest.mark.long),
+        pytest.param(1, "work0", marks=pytest.mark.long),
+    ],
+)
 def test_a_cable_is_cut_and_plugged_in_again(engines: Engines, tmp_path: Path, tp: int, host: str) -> None:
     golden = engines(*(("--tp", 2) if tp == 2 else ()))
     with network() as hosts, on_hosts(hosts, tmp_path, tp) as parts:

@@ -99,7 +99,7 @@ def test_a_dead_worker_under_a_stopped_supervisor_is_replaced_when_it_goes_on(en
 
 def test_long_prompts_are_no_stall(engine: Engine) -> None:
     """A step that computes longer than the threshold is progress all the same."""
-    prompts = [{"model": "demo", "prompt": [5 + i % 90] * 2000, "max_tokens": 1, "temperature": 0} for i in range(16)]
+    prompts = [{"model": "demo", "prompt": [5 + i % 90] * 2000, "max_tokens": 1, "temperature": 0} for i in range(10)]
     parts = engine.tree()
     with engine.crowd(prompts) as crowd:
         while not crowd.over:

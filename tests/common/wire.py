@@ -4,14 +4,16 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import zmq
 
 from quire.common.channel import Hub, Link
 from quire.common.config import EngineConfig
-from quire.common.messages import PROTOCOL, STRANGER_EPOCH, Heartbeat, Hello, Welcome
+from quire.common.curve import SchedulerKeys
+from quire.common.errors import ConfigError
+from quire.common.messages import PROTOCOL, STRANGER_EPOCH, FromFrontend, Heartbeat, Hello, Welcome
 from quire.common.model_info import ModelInfo
 
 HELLO = Hello(PROTOCOL, "frontend", "test")
@@ -42,6 +44,15 @@ def quiet(hub: Hub[Any], milliseconds: int = 100) -> bool:
     return True
 
 
+def pump(hub: Hub[Any], condition: Callable[[], Any], seconds: float = 10) -> None:
+    """Let the hub look at what comes until something has happened. It must hear nothing."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        hub.socket.poll(5)
+        assert list(hub.received(1000)) == []
+
+
 def told(link: Link[Any], seconds: float = 10) -> Any:
     """The next thing the link is told."""
     end = time.monotonic() + seconds
@@ -66,6 +77,17 @@ def greet(hub: Hub[Any], link: Link[Any]) -> bytes:
     return peer
 
 
+def hub_again(context: "zmq.Context[Any]", address: str, keys: SchedulerKeys | None = None) -> Hub[Any]:
+    """Another hub at the address of one that was closed, which takes ZeroMQ a moment."""
+    end = time.monotonic() + 10
+    while True:
+        try:
+            return Hub(context, address, FromFrontend, keys)
+        except ConfigError:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
 class Cable:
     """Forwards TCP connections to `target`, until it is cut."""
 
@@ -74,6 +96,7 @@ class Cable:
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
         self._deaf = threading.Event()
+        self.swallowed = 0  # bytes
         self._connections: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -89,7 +112,9 @@ class Cable:
     def _forward(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                if not self._deaf.is_set():
+                if self._deaf.is_set():
+                    self.swallowed += len(data)
+                else:
                     target.sendall(data)
         for end in (source, target):
             with contextlib.suppress(OSError):
