@@ -15,7 +15,6 @@ from .outputs import CompletionOutput, RequestOutput
 from .streams import Routing, TokenStream
 from .tokenizer import Tokenizer
 
-
 AT_ONCE = 32  # prompts that one request may have taken up before others get their turn
 
 
