@@ -48,13 +48,12 @@ def main() -> None:
         with Load(engine.port, bodies, options.streams) as load:
             kills, asked = bombard(engine, load, options)
             records = [*load.finish(), *asked]
-        engine.check()
-    verdict = judge(engine, records)
+        verdict = judge(engine, records) | {"left behind": report.complaint(engine.check)}
     text = f"{described(verdict)}\n\n{by_role(kills)}"
     print(f"\n{text}")
     if options.out:
         report.write(options.out, {**verdict, "kills": kills}, text)
-    if verdict["client errors"] or verdict["altered"]:
+    if verdict["client errors"] or verdict["altered"] or verdict["left behind"]:
         raise SystemExit(1)
 
 
@@ -127,7 +126,7 @@ def judge(engine: Engine, records: list[Record]) -> dict[str, Any]:
 
 def described(verdict: dict[str, Any]) -> str:
     counts = "{answers} answers with {tokens} tokens: {client errors} client errors, {altered} altered"
-    return "\n".join([counts.format(**verdict), *verdict["examples"]])
+    return "\n".join([counts.format(**verdict), *verdict["examples"], verdict["left behind"]]).rstrip()
 
 
 def by_role(kills: list[dict[str, Any]]) -> str:

@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,15 @@ def facts() -> dict[str, str]:
 
 def _git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def complaint(check: Callable[[], object]) -> str:
+    """What `check` has to say against it; a measurement is worth keeping all the same."""
+    try:
+        check()
+    except AssertionError as error:
+        return f"afterwards: {error}"
+    return ""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -55,13 +55,13 @@ def main() -> None:
         began = time.monotonic()
         samples, outcome = soak(engine, options)
         outcome["requests/s"] = round(outcome["asked"] / (time.monotonic() - began), 1)
-        engine.check()
+        outcome["left behind"] = report.complaint(engine.check)
         slopes = {role: slope(samples, role) for role in samples[0]["processes"]}
         text = f"{described(outcome)}\n\n{growth(samples, slopes)}"
         result: dict[str, Any] = {"outcome": outcome, "slopes": slopes, "samples": samples}
         if options.kills:
             result["with kills"] = under_fire(engine, options)
-            engine.check()
+            result["with kills"]["left behind"] = report.complaint(engine.check)
             text += f"\n\nthen, with {options.kills} kills: {described(result['with kills'])}"
     print(f"\n{text}")
     if options.out:
@@ -71,7 +71,7 @@ def main() -> None:
         }
         options.out.with_suffix(".svg").write_text(lines(series, "requests", "private memory, MB"))
     told = [outcome, *([result["with kills"]] if options.kills else [])]
-    if any(part["lost"] or part["altered"] for part in told):
+    if any(part["lost"] or part["altered"] or part["left behind"] for part in told):
         raise SystemExit(1)
 
 
@@ -277,7 +277,7 @@ def under_fire(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
 def described(outcome: dict[str, Any]) -> str:
     counts = "{asked} requests, {aborted} hung up on: {lost} lost, {altered} altered".format(**outcome)
     rate = f", {outcome['requests/s']} requests/s" if "requests/s" in outcome else ""
-    return "\n".join([counts + rate, *outcome["examples"]])
+    return "\n".join([counts + rate, *outcome["examples"], outcome["left behind"]]).rstrip()
 
 
 def growth(samples: Samples, slopes: dict[str, dict[str, float]]) -> str:

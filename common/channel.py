@@ -21,7 +21,7 @@ import zmq
 import zmq.asyncio
 
 from . import curve
-from .conversation import OUTSIDE, Conversation, Verdict, split
+from .conversation import NO_CONVERSATION, Conversation, Verdict, outside, split
 from .errors import ConfigError
 from .messages import MAX_FRAME_BYTES, STRANGER_EPOCH, Heartbeat, Hello, Message, Welcome
 from .sockets import EVERYWHERE, NAMED, RETRY_S, Line, dealer, router
@@ -137,7 +137,7 @@ class Hub(Generic[T]):
         conversation = self._conversations.get(peer)
         if not frame:  # the peer has just connected, and may have been in conversation with a hub before this one
             if conversation is None:
-                self._ask_for_hello(peer)
+                self._ask_for_hello(peer, NO_CONVERSATION)
             return
         try:
             session, number, body = split(frame)
@@ -156,8 +156,8 @@ class Hub(Generic[T]):
         if peer in self._conversations:
             self.forget(peer)
             yield peer, LOST
-        if not isinstance(message, Hello) or not session:
-            self._ask_for_hello(peer)
+        if not isinstance(message, Hello) or session == NO_CONVERSATION:
+            self._ask_for_hello(peer, session)
             return
         self._conversations[peer] = conversation = Conversation(session, sent=secrets.randbits(48))
         conversation.judge(session, number)
@@ -182,8 +182,8 @@ class Hub(Generic[T]):
 
     def ask_for_hello(self, peer: bytes) -> None:
         """End the conversation and have the peer begin another."""
-        self.forget(peer)
-        self._ask_for_hello(peer)
+        ended = self._conversations.pop(peer, None)
+        self._ask_for_hello(peer, ended.session if ended else NO_CONVERSATION)
 
     def send(self, peer: bytes, message: Message) -> bool:
         """False when the peer is gone, reads nothing, or is in no conversation."""
@@ -194,8 +194,8 @@ class Hub(Generic[T]):
         conversation = self._conversations.get(peer)
         return conversation is not None and self._send(peer, conversation.header() + frame)
 
-    def _ask_for_hello(self, peer: bytes) -> None:
-        self._send(peer, OUTSIDE + _HELLO_PLEASE)
+    def _ask_for_hello(self, peer: bytes, session: int) -> None:
+        self._send(peer, outside(session) + _HELLO_PLEASE)
 
     def _send(self, peer: bytes, frame: bytes) -> bool:
         try:
@@ -214,8 +214,8 @@ _HELLO_PLEASE = encode(Heartbeat(STRANGER_EPOCH))
 
 
 class Speaker(Generic[T]):
-    """A peer's side of its conversation with the scheduler: messages to frames and back. A Hello after the Welcome, or
-    after LOST, begins a new conversation."""
+    """A peer's side of its conversation with the scheduler: messages to frames and back. A Hello begins a new one after
+    the Welcome, after LOST, and when the scheduler does not know this one; any other belongs to the same."""
 
     def __init__(self, union: Any) -> None:
         self.codec: Codec[T] = Codec(union)
@@ -236,8 +236,8 @@ class Speaker(Generic[T]):
         except ValueError as error:
             self.codec.drop(error)
             return None
-        if not session:  # this peer is in no conversation, whatever it was told before
-            self._welcomed = True
+        if session == NO_CONVERSATION:
+            self._welcomed |= number == self._conversation.session  # else it speaks of an earlier one
             return self.codec.decode(body)
         match self._conversation.judge(session, number):
             case Verdict.NEXT:

@@ -15,7 +15,7 @@ from enum import Enum
 
 _HEADER = struct.Struct("<IQ")  # conversation, number in it
 HEADER_BYTES = _HEADER.size
-OUTSIDE = _HEADER.pack(0, 0)  # header of what is said to a peer that no conversation is held with
+NO_CONVERSATION = 0
 
 
 class Verdict(Enum):
@@ -27,8 +27,14 @@ class Verdict(Enum):
     GAP = "gap"  # frames before it were lost, or it is of another count: this conversation is over
 
 
+def outside(session: int) -> bytes:
+    """Header of what is said to a peer that no conversation is held with; `session` is what it took for one."""
+    return _HEADER.pack(NO_CONVERSATION, session)
+
+
 def split(frame: bytes) -> tuple[int, int, memoryview]:
-    """Conversation, number and body of a frame. Raises ValueError when it has no such header."""
+    """Conversation, number (outside of any, what `outside` was given) and body of a frame. Raises ValueError when it has
+    no such header."""
     if len(frame) < HEADER_BYTES:
         raise ValueError(f"{len(frame)} bytes, a header has {HEADER_BYTES}")
     session, number = _HEADER.unpack_from(frame)

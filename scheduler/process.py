@@ -89,6 +89,7 @@ class Process:
         self._told_at = self._beat_at = self._turn_at = time.monotonic()
         self._status = self._workers.status(self._told_at)
         self._lost_at: float | None = None  # when a group that served was lost, until another one does
+        self._num_refused = 0
         self._stopping = False
         self._wake_reader, self._wake_writer = os.pipe()
         self._poller = zmq.Poller()
@@ -196,7 +197,9 @@ class Process:
                 self._to_frontends.send(identity, Stats(self._recorder.metrics.render()))
 
     def _refuse(self, hub: Hub[Any], identity: bytes, hello: Hello, why: str) -> None:
-        log.warning("refused %s: %s", hello.name, why)
+        self._num_refused += 1
+        if self._num_refused.bit_count() == 1:  # the 1st, 2nd, 4th, ...: who is refused may come again and again
+            log.warning("refused %s: %s (%d refused so far)", hello.name, why, self._num_refused)
         hub.send(identity, Refused(why))
         hub.forget(identity)
 

@@ -6,6 +6,7 @@ middle of it leaves word that is whole, or none.
 
 import contextlib
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -99,6 +100,16 @@ class Folder:
         with contextlib.suppress(OSError):
             self._path.rmdir()
 
+    def sweep(self) -> None:
+        """Remove what ranks that were killed left of groups before this one."""
+        stem, _, epoch = self._path.name.rpartition("-")
+        if epoch != str(self._epoch):  # a folder that somebody else has named
+            return
+        for path in self._path.parent.glob(f"{stem}-*"):
+            number = path.name.rpartition("-")[2]
+            if number.isdecimal() and int(number) < self._epoch:
+                shutil.rmtree(path, ignore_errors=True)
+
     def _file(self, key: str) -> Path:
         return self._path / quote(f"{self._epoch}/{key}", safe="")
 
@@ -169,6 +180,8 @@ def meet(rendezvous: str, epoch: int, rank: int, size: int, patience: Patience) 
         except BaseException:
             folder.leave()
             raise
+        if rank == 0:
+            folder.sweep()
         return folder
     if url.scheme != "tcp" or not url.hostname or not url.port:
         raise ConfigError(f"rendezvous {rendezvous!r}: expected file:///PATH or tcp://HOST:PORT")

@@ -256,7 +256,7 @@ OPENINGS = (
 )
 
 
-def workload(count: int, max_tokens: int = 100, *, first: int = 0) -> list[Body]:
+def workload(count: int, max_tokens: int = 70, *, first: int = 0) -> list[Body]:
     """Requests of many lengths, no two alike; every other one samples with a seed of its own, the rest are greedy."""
     return [
         {

@@ -123,6 +123,7 @@ def test_a_second_sigterm_ends_streams_at_once_and_leaves_nobody(engine: Engine)
     nobody_is_left(tree)
 
 
+@pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="what is ignored stays ignored: nohup")
 def test_sighup_is_like_the_end_of_a_terminal(engine: Engine) -> None:
     tree = engine.tree()
     engine.process.send_signal(signal.SIGHUP)

@@ -17,7 +17,7 @@ import zmq
 
 from quire.common.channel import LOST, Codec, Link, encode, wires
 from quire.common.config import EngineConfig, ModelConfig, SchedulerConfig
-from quire.common.conversation import HEADER_BYTES, OUTSIDE
+from quire.common.conversation import HEADER_BYTES, outside
 from quire.common.messages import (
     HEARTBEAT_S,
     PROTOCOL,
@@ -138,7 +138,7 @@ def harass(scheduler: FakeScheduler, mutator: Mutator, union: Any, count: int) -
             case 1:
                 scheduler.send(chance.randbytes(HEADER_BYTES) + body)
             case 2:
-                scheduler.send(OUTSIDE + body)
+                scheduler.send(outside(0) + body)
             case 3:
                 scheduler.send(body, body)
             case 4 if chance.random() < 0.05:  # ends the conversation, and the next has to begin first

@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from quire.common.channel import Codec
-from quire.common.conversation import OUTSIDE
+from quire.common.conversation import outside
 from quire.common.messages import (
     PROTOCOL,
     Abort,
@@ -113,7 +113,7 @@ def test_noise_and_spoilt_messages_of_strangers(
         nameless = Stranger(context, socket_of(engine, wire), named=False)
         for _ in range(sizes.frames // 4):
             named.send(mutator.next())
-            named.send(OUTSIDE + mutator.next())
+            named.send(outside(0) + mutator.next())
             named.send(*(mutator.next() for _ in range(mutator.random.randint(2, 5))))
             nameless.say(mutator.next())
         wait_until(lambda: bad_frames(engine, wire) - before > sizes.frames * 0.6, 60)

@@ -16,8 +16,8 @@ from .engine import BACK_S, FRESH, Engine
 
 STREAMS = 32  # every other one samples
 BODIES = workload(STREAMS)
-LONG_BODIES = workload(STREAMS, 140, first=100)  # for more than one blow
-SHORT_BODIES = workload(STREAMS, 50, first=200)  # for two workers that share the cores
+LONG_BODIES = workload(STREAMS, 120, first=100)  # for more than one blow
+SHORT_BODIES = workload(STREAMS, 40, first=200)  # for two workers that share the cores
 
 
 def survives(engine: Engine, *blows: Callable[[], object], bodies: list[dict[str, object]] = BODIES) -> None:

@@ -52,7 +52,7 @@ def test_a_moment_goes_unnoticed(engine: Engine, role: str) -> None:
     """Far below the threshold: nobody is told, nothing is lost."""
     pids = [process.pid for process in engine.tree()]
     with engine.crowd(BODIES) as crowd:
-        for tokens in (5, 30, 60):
+        for tokens in (5, 20, 40):
             crowd.flowing(tokens)
             with stopped(engine.part(role)):
                 assert engine.health() == (200, "ok")

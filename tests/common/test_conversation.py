@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from quire.common.channel import LOST, Hub, Speaker
 from quire.common.config import EngineConfig
-from quire.common.conversation import HEADER_BYTES, OUTSIDE, Conversation, Verdict, split
+from quire.common.conversation import HEADER_BYTES, Conversation, Verdict, outside, split
 from quire.common.messages import (
     PROTOCOL,
     STRANGER_EPOCH,
@@ -108,9 +108,11 @@ class Peer:
 
     def listen(self) -> None:
         while self.network.at_peer:
-            match self.speaker.heard(self.network.at_peer.popleft()):
+            frame = self.network.at_peer.popleft()
+            match self.speaker.heard(frame):
                 case Heartbeat(epoch) if epoch == STRANGER_EPOCH:
-                    self.welcomed = False
+                    self.begins |= split(frame)[1] == self.session
+                    self.asked()
                 case Heartbeat(epoch, number):
                     self.heard(epoch, number)
                 case Welcome(epoch, _, _, number):
@@ -123,19 +125,31 @@ class Peer:
                     self.expected, self.begins, self.lost = NOTHING, True, self.lost + 1
                     self.welcomed = False
 
+    def asked(self) -> None:
+        """To say Hello."""
+        self.welcomed = False
+
     def heard(self, conversation: int, number: int) -> None:
         assert self.scheduler.answers[conversation] == self.session, "a stale frame"
         assert self.expected in (None, (conversation, number))
         self.expected = (conversation, number + 1)
 
 
+class EagerPeer(Peer):
+    """Says Hello whenever it is asked to, be it a hundred times for a hundred frames that nobody wanted."""
+
+    def asked(self) -> None:
+        super().asked()
+        self.greet()
+
+
 class Both:
     """Peer and scheduler, and everything that may happen between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, peer: type[Peer] = Peer) -> None:
         self.network = Network()
         self.scheduler = Scheduler(self.network)
-        self.peer = Peer(self.network, self.scheduler)
+        self.peer = peer(self.network, self.scheduler)
 
     def deliver(self, direction: str, count: int) -> None:
         self.network.deliver(direction, count)
@@ -200,9 +214,9 @@ def happenings(*kinds: str) -> st.SearchStrategy[list[tuple[str, str, int]]]:
 
 @pytest.mark.parametrize("kinds", [HONEST, HONEST + HOSTILE], ids=["honest link", "hostile link"])
 @settings(max_examples=400, deadline=None)
-@given(data=st.data())
-def test_conversations_are_heard_whole_or_ended(kinds: tuple[str, ...], data: st.DataObject) -> None:
-    both = Both()
+@given(data=st.data(), peer=st.sampled_from([Peer, EagerPeer]))
+def test_conversations_are_heard_whole_or_ended(kinds: tuple[str, ...], peer: type[Peer], data: st.DataObject) -> None:
+    both = Both(peer)
     for kind, direction, number in data.draw(happenings(*kinds)):
         getattr(both, kind)(direction, number)
     both.settle()
@@ -230,6 +244,20 @@ def test_a_loss_is_found_by_the_next_frame_and_ends_the_conversation_for_both(
     assert heard.lost == 1
 
 
+@given(num_stale=st.integers(0, 20))
+def test_one_new_conversation_is_enough_however_often_it_is_asked_for(num_stale: int) -> None:
+    """Each frame of the old one is answered by a request for another. A worker's group ends with each conversation."""
+    both = Both(EagerPeer)
+    both.settle()
+    session = both.peer.session
+    both.scheduler.ask()
+    for _ in range(num_stale):
+        both.peer.speak()
+    both.settle()
+    assert both.peer.session == session + 1
+    assert both.scheduler.lost == both.peer.lost == 0
+
+
 def test_a_peer_of_which_a_stale_hello_was_heard_last_is_asked_for_another() -> None:
     both = Both()
     both.settle()
@@ -255,7 +283,7 @@ def test_a_header_says_conversation_and_number() -> None:
     conversation = Conversation()
     conversation.begin(7)
     assert [split(conversation.header() + b"x") for _ in range(2)] == [(7, 1, b"x"), (7, 2, b"x")]
-    assert split(OUTSIDE + b"x") == (0, 0, b"x")
+    assert split(outside(7) + b"x") == (0, 7, b"x")
 
 
 @pytest.mark.parametrize("frame", [b"", b"\x01" * (HEADER_BYTES - 1), b"\x01\0\0\0" + b"\0" * 8])

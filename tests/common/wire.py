@@ -95,9 +95,9 @@ class Cable:
         self._target = target.removeprefix("tcp://").rsplit(":", 1)
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
-        self._deaf = threading.Event()
-        self.swallowed = 0  # bytes
         self._connections: list[socket.socket] = []
+        self._deaf: set[socket.socket] = set()  # those of which nothing arrives
+        self.swallowed = 0  # bytes
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -112,7 +112,7 @@ class Cable:
     def _forward(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                if self._deaf.is_set():
+                if source in self._deaf:
                     self.swallowed += len(data)
                 else:
                     target.sendall(data)
@@ -121,17 +121,16 @@ class Cable:
                 end.shutdown(socket.SHUT_RDWR)
 
     def swallow(self) -> None:
-        """From now on nothing arrives, until `cut`."""
-        self._deaf.set()
+        """From now on nothing arrives on the connections that there are."""
+        self._deaf.update(self._connections)
 
     def cut(self) -> None:
         """End the connections; those that are made anew work."""
-        for connection in self._connections:
+        cut, self._connections = self._connections, []
+        for connection in cut:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
-        self._connections.clear()
-        self._deaf.clear()
 
     def close(self) -> None:
         self._server.close()

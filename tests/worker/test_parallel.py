@@ -92,6 +92,18 @@ def test_a_rank_that_came_and_died_is_not_waited_for_in_vain(tmp_path: Path) -> 
     assert not (tmp_path / "meet").exists()
 
 
+def test_what_killed_ranks_left_of_earlier_groups_is_swept(tmp_path: Path) -> None:
+    def folder(epoch: int) -> Folder:
+        return Folder(tmp_path / f"rendezvous-{epoch}", epoch, size=2)
+
+    for epoch in (3, 12, 20):
+        folder(epoch).set("here/1", b"1")
+    folder(12).sweep()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rendezvous-12", "rendezvous-20"]
+    Folder(tmp_path / "rendezvous-20", epoch=21, size=2).sweep()  # a name that is not ours tells nothing
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rendezvous-12", "rendezvous-20"]
+
+
 def test_a_rank_that_came_and_says_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "ADDRESSES_S", 0.1)
     Folder(tmp_path / "meet", epoch=3, size=2).set("here/1", b"1")

@@ -1,4 +1,5 @@
-"""A text that cannot fit is refused before much of it is tokenized, and one that fits never is."""
+"""Large requests: a text that cannot fit is refused before much of it is tokenized, and one that fits never is; many
+prompts are taken up a few at a time."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,8 +12,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from quire.common.errors import RequestError
+from quire.common.messages import Output
+from quire.common.model_info import read_model_info
+from quire.common.sampling import SamplingParams
 from quire.frontend import tokenizer as module
 from quire.frontend.chat_template import ChatOptions
+from quire.frontend.generator import AT_ONCE, Generator
+from quire.frontend.streams import Routing, TokenStream
 from quire.frontend.tokenizer import Tokenizer
 
 LIMIT, SLICE = 50, 40  # tokens; characters
@@ -55,3 +61,39 @@ def test_no_more_is_tokenized_than_it_takes(short: Tokenizer, monkeypatch: pytes
             asyncio.run(ask)
         assert caught.value.code == "context_length_exceeded"
         assert LIMIT < sum(made) < 1.1 * LIMIT + SLICE
+
+
+class Client:
+    """An engine whose sequences are done as soon as they are submitted."""
+
+    capacity = None
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model = read_model_info(str(model_dir), model_dir)
+
+    def submit(self, prompt: Any, sampling: SamplingParams, *, routing: Routing, wake: asyncio.Event) -> TokenStream:
+        stream = TokenStream(prompt, sampling, routing, abort=lambda _: None, wake=wake)
+        stream.accept(Output(1, 0, [5], "length"))
+        return stream
+
+
+def test_many_prompts_let_others_in(model_dir: Path) -> None:
+    async def main() -> tuple[int, int]:
+        turns = answers = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        beside = asyncio.create_task(others())
+        generator = Generator(Client(model_dir), Tokenizer.load(model_dir))  # type: ignore[arg-type]
+        params = SamplingParams(max_tokens=1, n=2)
+        async for _ in generator.generate_many([[5]] * 1024, params, request_id="x", routing=Routing()):
+            answers += 1
+        beside.cancel()
+        return turns, answers
+
+    turns, answers = asyncio.run(main())
+    assert answers == 1024 and turns >= 2 * 1024 // AT_ONCE
