@@ -2,7 +2,6 @@
 
 import hmac
 import logging
-import os
 import re
 import stat
 from collections.abc import Iterable, Sequence
@@ -80,8 +79,10 @@ def load(file: Path) -> tuple[ApiKey, ...]:
     """The keys of a file, at least one. Raises ConfigError, which never quotes a key."""
     source = f"--api-keys-file {file}"
     try:
+        mode = file.stat().st_mode
+        if not stat.S_ISREG(mode):  # a pipe would have the server wait
+            raise ConfigError(f"{source}: is no regular file")
         with file.open("rb") as opened:
-            mode = os.fstat(opened.fileno()).st_mode
             content = opened.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None

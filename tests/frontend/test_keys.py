@@ -2,6 +2,7 @@
 
 import hmac
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,8 @@ def test_mistakes_are_told_with_their_place_and_without_the_key(file: Path, text
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00" * 10)
-    for path in (tmp_path / "absent", tmp_path, tmp_path / "binary"):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "absent", tmp_path, tmp_path / "binary", tmp_path / "pipe"):
         with pytest.raises(ConfigError, match=str(path)):
             load(path)
 
