@@ -14,7 +14,12 @@ from .openai.responses import ChatCompletion, Completion
 from .routes import Detokenized, Tokenized
 
 COMPONENT = "#/components/schemas/{name}"
-EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}  # of which a stream is made
+EVENTS = {"text/event-stream": {"schema": EVENT}}
 ANSWERS: Mapping[str, type[Struct]] = {
     "/tokenize": Tokenized,
     "/detokenize": Detokenized,
