@@ -7,7 +7,8 @@ config      exits as with a wrong configuration, as soon as the file ADDRESS/go 
 killed      ends as if for lack of memory, likewise
 done        exits with 0, likewise
 downloaded  exits with 0
-frontend    ends at GONE with 70, leaving a file "gone" beside ADDRESS, and at END when the file ADDRESS/go exists
+frontend    ends at GONE with 70, leaving a file "gone" beside ADDRESS, and at END when the file ADDRESS/go exists;
+            a file "listening" beside ADDRESS tells that it listens to them
 """
 
 import os
@@ -71,6 +72,7 @@ def front(folder: Path) -> None:
 
     on_termination(end, supervised=True)
     signal.signal(GONE, farewell)
+    (folder.parent / "listening").touch()  # to signals: one that came before would have ended it
     while not (ending and (folder / "go").exists()):
         time.sleep(0.02)
 

@@ -100,6 +100,8 @@ def run(tmp_path: Path) -> Iterator[Callable[..., Running]]:
         running.children(children)
         if ready:
             until(lambda: "is ready" in running.out.read_text())
+        if "frontend" in behaviours:
+            until(lambda: (tmp_path / "listening").exists())
         return running
 
     yield start
