@@ -16,7 +16,7 @@ from .config import EngineConfig
 from .model_info import ModelInfo
 from .sampling import SamplingParams
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_FRAME_BYTES = 64 << 20
 
 assert sys.byteorder == "little" and array("i").itemsize == 4, "the wire's columns are little-endian int32"
@@ -200,12 +200,21 @@ class WorkerReady(Message, frozen=True):
     dtype: str
     block_bytes: int  # of one KV block of this rank, all layers
     available_bytes: int  # for the KV cache
+    host_bytes: int = 0  # of host memory, for blocks that the device has no room for
+    disk_bytes: int = 0  # likewise of a file
 
 
 class Allocated(Message, frozen=True):
-    """KV memory is there and the model has run once: plans may come."""
+    """KV memory is there and the model has run once: plans may come.
+
+    `host_block_s` and `disk_block_s`: what copying a block from there to the device takes, in seconds. `disk_id` names
+    the content of the file: another one than before stands for a file that is new.
+    """
 
     rank: int
+    host_block_s: float = 0.0
+    disk_block_s: float = 0.0
+    disk_id: Label = ""
 
 
 class StepResult(Message, frozen=True):
@@ -215,6 +224,7 @@ class StepResult(Message, frozen=True):
     step: int
     counts: bytes  # int32: new tokens of each sampling row (more than one under speculation)
     tokens: bytes  # int32, concatenated
+    took_us: int = 0  # computing it, without waiting for the steps before
 
 
 class RequestFault(Message, frozen=True):
@@ -250,12 +260,15 @@ class WorkerFault(Message, frozen=True):
 class Allocate(Message, frozen=True):
     """Allocate KV memory (block 0 is the null block, besides `num_blocks` usable ones) and forget every row.
 
-    Also sent to a worker that is already allocated, when the epoch is new: memory of the same size is kept.
+    Also sent to a worker that is already allocated, when the epoch is new: memory of the same size is kept. Behind the
+    device's blocks there are `host_blocks` in host memory and `disk_blocks` in a file; all are numbered through.
     """
 
     epoch: int
     num_blocks: int
     block_size: int
+    host_blocks: int = 0
+    disk_blocks: int = 0
 
 
 class Admitted(Struct, array_like=True, frozen=True, gc=False):
@@ -271,8 +284,9 @@ class Admitted(Struct, array_like=True, frozen=True, gc=False):
 class StepPlan(Message, frozen=True):
     """One step. The plan is a log: a worker replays plans in order, so a block may be reused the moment it is freed.
 
-    Applied in field order: rows are released, then admitted, then block tables grow, then the forward pass runs over
-    `rows[i]`, tokens [starts[i], starts[i] + counts[i]), KV of all earlier tokens being in place, then a token is
+    Applied in field order: rows are released, then admitted, then block tables grow, then blocks are copied, one pair
+    after the other (0 < block <= num_blocks is one of the device, the host's and the disk's follow), then the forward pass
+    runs over `rows[i]`, tokens [starts[i], starts[i] + counts[i]), KV of all earlier tokens being in place, then a token is
     sampled for each i with samples[i]; it is appended to the row, on the device too, so that a later plan may name it
     before its value has come back. Prefilling rows (counts > 1) and decoding ones come in any order.
     """
@@ -282,6 +296,7 @@ class StepPlan(Message, frozen=True):
     released: list[int]  # rows
     admitted: list[Admitted]
     new_blocks: list[tuple[int, list[int]]]  # (row, blocks appended to its table); admitted rows' are in `admitted`
+    copies: bytes  # int32: from, to, from, to, ...
     rows: bytes  # int32
     starts: bytes  # int32
     counts: bytes  # int32, >= 1

@@ -98,7 +98,7 @@ class Recorder:
 
     def levels(self, scheduler: Scheduler) -> None:
         """Gauges are set when somebody looks."""
-        pool, metrics = scheduler.pool, self.metrics
+        pool, metrics = scheduler.kv.pool, self.metrics
         metrics.running.set(len(scheduler.running))
         metrics.waiting.set(len(scheduler.waiting))
         metrics.blocks_total.set(pool.num_blocks)

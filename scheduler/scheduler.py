@@ -17,8 +17,7 @@ from collections import deque
 
 from ..common.config import CacheConfig, SchedulerConfig
 from ..common.messages import Admitted, Output, StepPlan, StepResult, pack, unpack
-from . import prefix_cache
-from .blocks import BlockPool, blocks_for
+from .kv_cache import KvCache
 from .queue import WaitingQueue
 from .request import Request
 from .step import Draft, Step, tokens_of
@@ -38,10 +37,8 @@ class Scheduler:
         self.config = config
         self.max_model_len = max_model_len
         self.epoch = epoch
-        self.block_size = cache.block_size
-        self.caching = cache.enable_prefix_caching
         self.budget = config.max_num_batched_tokens  # tokens of a step
-        self.pool = BlockPool(num_blocks)
+        self.kv = KvCache(num_blocks, cache.block_size, caching=cache.enable_prefix_caching)
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # by rank
         self.dispatched: deque[Step] = deque()  # sent and not answered, oldest first
@@ -62,7 +59,7 @@ class Scheduler:
         limit = min(request.limit, self.max_model_len)
         # The last token is never fed back, so it needs no KV.
         fits = request.num_prompt < limit and len(request.tokens) <= limit
-        if not fits or blocks_for(limit - 1, self.block_size) > self.pool.num_blocks:
+        if not fits or self.kv.blocks_for(limit - 1) > self.kv.num_blocks:
             return "too_long"
         full = len(self.running) + len(self.waiting) >= self.config.max_num_seqs + num_queueable(self.config)
         if full and not (request.num_output or request.strikes):  # what was accepted before is accepted again
@@ -133,7 +130,7 @@ class Scheduler:
     def shrink(self) -> bool:
         """After a step was too large for the device: plan smaller ones. False when they cannot be smaller."""
         largest = max((step.num_tokens for step in self.dispatched), default=0)
-        budget = max(min(self.budget, largest) // 2, self.block_size)
+        budget = max(min(self.budget, largest) // 2, self.kv.block_size)
         if budget >= largest:
             return False
         self.budget = budget
@@ -158,7 +155,7 @@ class Scheduler:
             self.waiting.push(request)
         self.running.clear()
         self.dispatched.clear()
-        self.pool = BlockPool(self.pool.num_blocks)
+        self.kv.lose()
         self._rows = list(range(self.config.max_num_seqs))[::-1]
         self._released = []
         self._others_turn = False
@@ -170,7 +167,7 @@ class Scheduler:
 
         `blocks` are those of the pool that are looked at, all by default.
         """
-        self.pool.check((request.blocks for request in self.running), blocks)
+        self.kv.check(self.running, blocks)
         rows = [*self._rows, *(request.row for request in self.running)]
         assert sorted(rows, key=lambda row: -1 if row is None else row) == list(range(self.config.max_num_seqs)), rows
         assert self.running == sorted(self.running, key=lambda request: request.rank), "running is out of order"
@@ -223,7 +220,7 @@ class Scheduler:
             return
         count = min(target - request.computed, draft.budget)
         computed = request.computed + count
-        if computed > len(request.blocks) * self.block_size and not self._grow(draft, request, computed):
+        if computed > len(request.blocks) * self.kv.block_size and not self._grow(draft, request, computed):
             return
         if computed == target:
             request.inflight += 1
@@ -244,15 +241,13 @@ class Scheduler:
         False when there is nobody behind it: it keeps what it has and waits, since its blocks would only go to those
         before it, who will take them by preemption when they must.
         """
-        needed = blocks_for(num_tokens, self.block_size) - len(request.blocks)
-        while self.pool.num_free < needed:
+        count = self.kv.blocks_for(num_tokens) - len(request.blocks)
+        while self.kv.num_free < count:
             if self.running[-1] is request:
                 return False
             self._preempt(self.running[-1])
-        blocks = self.pool.take(needed)
-        request.blocks += blocks
         assert request.row is not None
-        draft.new_blocks.append((request.row, blocks))
+        draft.new_blocks.append((request.row, self.kv.grow(request, count)))
         return True
 
     def _make_room(self) -> None:
@@ -262,10 +257,8 @@ class Scheduler:
             return
         worse = [request for request in self.running if request.priority > head.priority]
         staying = self.running[: len(self.running) - len(worse)]
-        kept = {block for request in staying for block in request.blocks}
-        gain = len({block for request in worse for block in request.blocks} - kept)
-        needed = blocks_for(len(head.tokens), self.block_size) + _reserve(len(staying))
-        if self.pool.num_free + gain < needed:
+        needed = self.kv.blocks_for(len(head.tokens)) + _reserve(len(staying))
+        if self.kv.num_free + self.kv.gain(worse, staying) < needed:
             return
         while self.running and self.running[-1].priority > head.priority:
             if self._rows and self._fitting(head) is not None:
@@ -273,24 +266,12 @@ class Scheduler:
             self._preempt(self.running[-1])
 
     def _fitting(self, request: Request) -> list[int] | None:
-        """The cached blocks to begin a waiting request with; None when the pool has no room for it now.
-
-        All its known tokens must fit, though they may be computed in chunks: a request that is let in by its first
-        chunk alone would be preempted halfway.
-        """
-        if not self.pool.num_free:  # it needs one at least, for the token that no cache gives
-            return None
-        shared = prefix_cache.match(self.pool, request, self.block_size) if self.caching else []
-        needed = blocks_for(len(request.tokens), self.block_size) - len(shared) + _reserve(len(self.running))
-        return shared if needed <= self.pool.num_free - sum(map(self.pool.is_free, shared)) else None
+        """What `KvCache.find` has for a waiting request, if there is room beside those that run."""
+        return self.kv.find(request, _reserve(len(self.running)))
 
     def _admit(self, draft: Draft, request: Request, shared: list[int]) -> None:
         """Give a waiting request a row and blocks for all it knows, and plan its first chunk."""
-        self.pool.share(shared)
-        fresh = self.pool.take(blocks_for(len(request.tokens), self.block_size) - len(shared))
-        request.blocks = shared + fresh
-        request.computed = len(shared) * self.block_size
-        request.publish_at = request.computed + self.block_size if self.caching else prefix_cache.NEVER
+        self.kv.admit(request, shared)
         request.row = self._rows.pop()
         if request.num_cached is None:
             request.num_cached = min(request.computed, request.num_prompt)
@@ -302,7 +283,7 @@ class Scheduler:
 
     def _dispatch(self, draft: Draft) -> Step:
         for request in draft.ripe:  # only now: nothing in this plan may read what this plan writes
-            prefix_cache.publish(self.pool, request, self.block_size)
+            self.kv.publish(request)
         self._step += 1
         plan = StepPlan(
             epoch=self.epoch,
@@ -310,6 +291,7 @@ class Scheduler:
             released=self._released,
             admitted=draft.admitted,
             new_blocks=draft.new_blocks,
+            copies=b"",
             rows=pack([request.row for request in draft.requests]),  # type: ignore[misc]  # those planned have rows
             starts=pack([request.computed - n for request, n in zip(draft.requests, draft.counts, strict=True)]),
             counts=pack(draft.counts),
@@ -327,14 +309,11 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Back to the queue, to be computed again. What the cache still has of it then need not be."""
         self._leave_row(request)
-        request.computed = 0
         self.waiting.push(request)
         self._num_preempted += 1
 
     def _fail(self, request: Request, why: str) -> Output:
-        for digest in request.digests:  # its KV is suspect; whoever shares a block now has computed with it already
-            self.pool.forget(digest)
-        request.publish_at = prefix_cache.NEVER
+        self.kv.forget(request)
         self._end(request, "error")
         return Output(request.id, request.num_output, [], "error", request.num_cached or 0, why)
 
@@ -347,9 +326,7 @@ class Scheduler:
             self._leave_row(request)
 
     def _leave_row(self, request: Request) -> None:
-        prefix_cache.publish(self.pool, request, self.block_size)
-        self.pool.release(request.blocks)
-        request.blocks = []
+        self.kv.leave(request)
         assert request.row is not None
         self._rows.append(request.row)
         self._released.append(request.row)

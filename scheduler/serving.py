@@ -140,7 +140,7 @@ class Serving:
 
     def audit(self) -> None:
         """Check the books while nothing is under way: a part of them at each call, until all have been seen."""
-        if self.scheduler.idle and self._audited < (num_blocks := self.scheduler.pool.num_blocks):
+        if self.scheduler.idle and self._audited < (num_blocks := self.scheduler.kv.pool.num_blocks):
             first, self._audited = self._audited, min(self._audited + AUDITED_AT_ONCE, num_blocks)
             self.scheduler.check(range(first + 1, self._audited + 1))
 

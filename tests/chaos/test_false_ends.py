@@ -73,6 +73,7 @@ PLAN = StepPlan(
     released=[],
     admitted=[Admitted(0, pack([40, 41, 42]), 3, FREE, [1])],
     new_blocks=[],
+    copies=b"",
     rows=pack([0]),
     starts=pack([0]),
     counts=pack([3]),

@@ -230,7 +230,7 @@ class Run:
             scheduler.check()
             self.totals.steps += 1
             assert self.totals.steps < 5000, "no progress"
-        assert not self.live and scheduler.pool.num_free == scheduler.pool.num_blocks, "a request or a block is left"
+        assert not self.live and scheduler.kv.pool.num_free == scheduler.kv.pool.num_blocks, "a request or a block is left"
         return self.outcomes
 
     def _add(self, request: Request) -> None:
@@ -271,7 +271,7 @@ class Run:
         for _, output in self.scheduler.regroup(epoch):
             self._collect(output.id, output.first_index, output.tokens, output.finish)
         self.device.forget(epoch)
-        assert self.scheduler.pool.num_free == self.scheduler.pool.num_blocks and not self.scheduler.running
+        assert self.scheduler.kv.pool.num_free == self.scheduler.kv.pool.num_blocks and not self.scheduler.running
         self.scheduler.check()
 
     def _break(self, result: StepResult) -> StepResult:

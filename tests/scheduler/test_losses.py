@@ -60,7 +60,7 @@ class Watched(Scheduler):
     def _could_run(self, request: Request) -> bool:
         """Without a block that it would have to get first, and might not."""
         target = len(request.tokens) + request.inflight
-        held = request.row is not None and blocks_for(target, self.block_size) <= len(request.blocks)
+        held = request.row is not None and blocks_for(target, self.kv.block_size) <= len(request.blocks)
         return held and target < request.limit
 
 
@@ -139,10 +139,10 @@ class KeepsCache(Scheduler):
     """What the lost workers held can still be found."""
 
     def regroup(self, epoch: int) -> list[tuple[Request, Output]]:
-        content = dict(self.pool._content)
+        content = dict(self.kv.pool._content)
         news = super().regroup(epoch)
         for block, (digest, tokens) in content.items():
-            self.pool.publish(block, digest, tokens)
+            self.kv.pool.publish(block, digest, tokens)
         return news
 
 

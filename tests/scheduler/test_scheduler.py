@@ -100,7 +100,7 @@ def test_for_lack_of_blocks_the_latest_yields_and_the_last_one_waits() -> None:
     engine = scheduler(6, max_model_len=24, caching=False)
     for id in range(2):
         engine.add(request(id, 11))
-    while engine.pool.num_free:
+    while engine.kv.pool.num_free:
         step(engine)
     while len(engine.running) == 2 and len(engine.running[0].tokens) < 17:
         planned, _ = step(engine)
@@ -145,7 +145,7 @@ def test_caching_can_be_off() -> None:
     for id in range(2):
         engine.add(request(id, [5] * 10))
         step(engine)
-    assert engine.pool.num_published == 0
+    assert engine.kv.pool.num_published == 0
 
 
 def test_rejections() -> None:
@@ -201,7 +201,7 @@ def test_abort_frees_at_once_and_what_was_under_way_is_dropped() -> None:
     assert first is not None and second is not None
     engine.abort(aborted)
     engine.abort(aborted)
-    assert engine.pool.num_free == 100
+    assert engine.kv.pool.num_free == 100
     engine.check()
     for planned in (first, second):
         assert engine.update(StepResult(1, planned.plan.step, pack([1]), pack([9]))) == []
@@ -227,9 +227,9 @@ def test_a_fault_after_a_preemption_takes_the_blocks_out_as_well() -> None:
     assert planned is not None
     engine.add(request(1, [6] * 12))
     engine.schedule()
-    assert victim.row is None and engine.pool.num_published > 0
+    assert victim.row is None and engine.kv.pool.num_published > 0
     assert engine.fault(planned.plan.step, 0, "NaN") is not None
-    assert prefix_cache.match(engine.pool, request(2, [5] * 8), 4) == []
+    assert prefix_cache.match(engine.kv.pool, request(2, [5] * 8), 4) == []
 
 
 def test_nobody_is_preempted_for_blocks_that_others_keep() -> None:
@@ -254,10 +254,10 @@ def test_a_faulty_request_takes_its_blocks_out_of_the_cache() -> None:
     engine.add(request(0, [5] * 10))
     step(engine)
     planned = engine.schedule()
-    assert planned is not None and engine.pool.num_published == 2
+    assert planned is not None and engine.kv.pool.num_published == 2
     news = engine.fault(planned.plan.step, 0, "NaN")
     assert news is not None and news[1].finish == "error" and news[1].error == "NaN"
-    assert engine.pool.num_published == 0 and engine.pool.num_free == 100
+    assert engine.kv.pool.num_published == 0 and engine.kv.pool.num_free == 100
     assert engine.fault(planned.plan.step, 0, "NaN") is None
     assert engine.fault(99, 0, "NaN") is None and engine.fault(planned.plan.step, 99, "NaN") is None
     assert engine.update(StepResult(1, planned.plan.step, pack([0]), b"")) == []

@@ -52,7 +52,7 @@ def test_a_leak_is_found_in_the_idle_time_after_the_work(monkeypatch: pytest.Mon
     assert not looked_at, "there is work to do"
     for _ in steps(engine):
         pass
-    engine.scheduler.pool._refs[2 * AUDITED_AT_ONCE + 5] = 1
+    engine.scheduler.kv.pool._refs[2 * AUDITED_AT_ONCE + 5] = 1
     for _ in range(2):
         engine.audit()
     with pytest.raises(AssertionError, match=f"block {2 * AUDITED_AT_ONCE + 5} counts"):

@@ -78,7 +78,7 @@ class PublishesEarly(Scheduler):
 
     def _plan(self, draft, request) -> None:  # type: ignore[no-untyped-def]
         super()._plan(draft, request)
-        prefix_cache.publish(self.pool, request, self.block_size)
+        self.kv.publish(request)
 
 
 class PublishesUnwritten(Scheduler):
@@ -87,7 +87,7 @@ class PublishesUnwritten(Scheduler):
     def _dispatch(self, draft):  # type: ignore[no-untyped-def]
         for request in draft.ripe:
             computed, request.computed = request.computed, len(request.tokens)
-            prefix_cache.publish(self.pool, request, self.block_size)
+            self.kv.publish(request)
             request.computed = computed
         return super()._dispatch(draft)
 
@@ -125,7 +125,7 @@ class SharesWholePrompt(Scheduler):
             return super()._fitting(request)
         finally:
             request.tokens.pop()
-            del request.digests[len(request.tokens) // self.block_size :]
+            del request.digests[len(request.tokens) // self.kv.block_size :]
 
 
 class SamplesTooOften(Scheduler):
@@ -193,7 +193,7 @@ def _with_pool(pool: type[BlockPool]) -> type[Scheduler]:
     class Faulty(Scheduler):
         def __init__(self, config, cache: CacheConfig, num_blocks: int, max_model_len: int) -> None:  # type: ignore[no-untyped-def]
             super().__init__(config, cache, num_blocks, max_model_len)
-            self.pool = pool(num_blocks)
+            self.kv.pool = pool(num_blocks)
 
         def check(self) -> None:
             """The books are cooked too: the device alone is to find out."""

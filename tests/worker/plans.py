@@ -20,6 +20,7 @@ def make_plan(
     released: Sequence[int] = (),
     admitted: Sequence[Admitted] = (),
     new_blocks: Sequence[tuple[int, list[int]]] = (),
+    copies: Sequence[tuple[int, int]] = (),
     epoch: int = 1,
 ) -> StepPlan:
     rows, starts, counts, samples = zip(*work, strict=True) if work else ((), (), (), ())
@@ -29,6 +30,7 @@ def make_plan(
         released=list(released),
         admitted=list(admitted),
         new_blocks=list(new_blocks),
+        copies=pack(block for pair in copies for block in pair),
         rows=pack(rows),
         starts=pack(starts),
         counts=pack(counts),
