@@ -1,6 +1,6 @@
 """Time of one schedule() and update() while every row decodes, without any device.
 
-python benchmarks/scheduler.py [--rows 64 256 1024] [--steps 400] [--depth 2]
+python benchmarks/scheduler.py [--rows 64 256 1024] [--waiting 0] [--steps 400] [--depth 2]
 """
 
 import argparse
@@ -31,16 +31,19 @@ def decoding(num_rows: int, num_steps: int) -> Scheduler:
 
 def answer(step: Step) -> StepResult:
     count = len(step.sampled)
-    return StepResult(1, step.plan.step, pack([1] * count), pack(range(10, 10 + count)))
+    return StepResult(1, step.plan.step, pack([1] * count), pack(range(10, 10 + count)), 9000 + len(step.plan.rows) % 7)
 
 
-def measure(num_rows: int, num_steps: int, depth: int) -> tuple[list[float], list[float]]:
+def measure(num_rows: int, num_waiting: int, num_steps: int, depth: int) -> tuple[list[float], list[float]]:
     """Microseconds of each schedule() and each update()."""
     scheduler = decoding(num_rows, num_steps)
     while any(request.computed < PROMPT for request in scheduler.running) or scheduler.waiting:
         step = scheduler.schedule()
         assert step is not None
         scheduler.update(answer(step))
+    for id in range(num_rows, num_rows + num_waiting):
+        sampling = SamplingParams(max_tokens=8, seed=0)
+        scheduler.add(Request(id, array("i", range(id, id + PROMPT)), PROMPT, sampling, tenant=str(id)))
     for _ in range(depth - 1):
         scheduler.schedule()
     schedules, updates = [], []
@@ -61,13 +64,14 @@ def measure(num_rows: int, num_steps: int, depth: int) -> tuple[list[float], lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--waiting", type=int, default=0, help="requests that wait for a row, each of another tenant")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--depth", type=int, default=2)
     options = parser.parse_args()
     print(f"microseconds, median (1st to 99th percentile) of {options.steps - 8} steps at depth {options.depth}")
     print(f"{'rows':>6} {'schedule':>22} {'update':>22} {'both':>22}")
     for num_rows in options.rows:
-        schedules, updates = measure(num_rows, options.steps, options.depth)
+        schedules, updates = measure(num_rows, options.waiting, options.steps, options.depth)
         both = [a + b for a, b in zip(schedules, updates, strict=True)]
         print(f"{num_rows:>6} {spread(schedules):>22} {spread(updates):>22} {spread(both):>22}")
 

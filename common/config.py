@@ -16,6 +16,8 @@ def option(description: str, *, aliases: tuple[str, ...] = (), metavar: str | No
 
 
 Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0.0, le=86400.0)]
+Gibibytes = Annotated[float, Meta(ge=0.0, le=65536.0)]
 Share = Annotated[float, Meta(gt=0.0, le=1.0)]
 
 
@@ -45,6 +47,9 @@ class CacheConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     kv_cache_memory: Annotated[Positive | None, option("Memory of the KV cache per worker, in place of the share above (4GiB, 512MiB, ...).", aliases=("kv-cache-memory-bytes",), metavar="BYTES")] = None
     num_gpu_blocks_override: Annotated[Positive | None, option("Number of KV blocks, whatever the memory.", metavar="BLOCKS")] = None
     enable_prefix_caching: Annotated[bool, option("Share the KV blocks of equal prefixes.")] = True
+    swap_space: Annotated[Gibibytes | None, option("GiB of host memory, for each worker, that take the blocks the device has no room for. By default 4 beside a GPU, none on a CPU.", metavar="GIB")] = None
+    kv_disk: Annotated[str | None, option("Directory for blocks that host memory has no room for either. What is there survives a restart.", metavar="DIR")] = None
+    kv_disk_space: Annotated[float, option("GiB of --kv-disk, for each worker.", gt=0.0, le=65536.0, metavar="GIB")] = 16.0
 
 
 class SchedulerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,6 +58,7 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_num_seqs: Annotated[int, option("Sequences that run at once.", ge=1, le=4096, metavar="SEQS")] = 256
     max_num_batched_tokens: Annotated[int, option("Tokens per step; a longer prompt is computed in chunks.", ge=1, metavar="TOKENS")] = 2048
     max_num_queued_reqs: Annotated[Positive | None, option("Sequences that may wait; one more is answered with 503. By default 16 for each of --max-num-seqs.", metavar="SEQS")] = None
+    target_itl: Annotated[float, option("Longest time between two tokens of a stream that the prompts of others may bring about, by computing them in smaller chunks; 0 is no limit. Where decoding alone takes more than half of it, it may double.", ge=0.0, le=60000.0, metavar="MILLISECONDS")] = 50.0
     pipeline_depth: Annotated[int, option("Steps in flight: 1 waits for each, 2 plans one while another runs.", ge=1, le=8, metavar="STEPS")] = 2
 
 
@@ -72,6 +78,14 @@ class RecoveryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stall_timeout: Annotated[float, option("A process without progress for so long is reported by /health, and started anew after as long again.", ge=1.0, metavar="SECONDS")] = 30.0
 
 
+class SightConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sight"""
+
+    journal_size: Annotated[int, option("Memory for the journal of what the scheduler is told and decides, for `quire replay`; 0 is no journal.", ge=0, metavar="BYTES")] = 64 << 20
+    journal_dir: Annotated[str | None, option("Where journals are written, on the scheduler's host. By default the engine's run directory, which goes with it.", metavar="DIR")] = None
+    reveal_prompts: Annotated[bool, option("Let journals and `quire tap` hold the token ids of prompts and outputs. Otherwise others take their place.")] = False
+
+
 class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Server"""
 
@@ -85,6 +99,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     chat_template: Annotated[str | None, option("File with a Jinja chat template, in place of the tokenizer's.", metavar="FILE")] = None
     strict_fields: Annotated[bool, option("Answer a request with an unknown field with 400 instead of a warning header.")] = False
     max_body_bytes: Annotated[int, option("Largest request body.", ge=1024, metavar="BYTES")] = 16 << 20
+    request_timeout: Annotated[Seconds | None, option("Time from a request's arrival to its last token, for requests that name none (field timeout). By default there is no limit.", metavar="SECONDS")] = None
+    max_queue_time: Annotated[Seconds | None, option("Time that a request may wait before anything of it is computed, for requests that name none (field max_queue_time). By default there is no limit.", metavar="SECONDS")] = None
     drain_timeout: Annotated[float, option("Seconds that running requests get to finish after SIGTERM.", ge=0.0, metavar="SECONDS", aliases=("shutdown-timeout",))] = 30.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], option("Least severe log lines to print.")] = "info"
 
@@ -97,4 +113,5 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     scheduler: SchedulerConfig = SchedulerConfig()
     parallel: ParallelConfig = ParallelConfig()
     recovery: RecoveryConfig = RecoveryConfig()
+    sight: SightConfig = SightConfig()
     server: ServerConfig = ServerConfig()

@@ -91,10 +91,14 @@ PEER_TIMEOUT_S = 5.0  # a peer unheard of for this long is gone
 
 
 class Quota(Struct, array_like=True, frozen=True, gc=False):
-    """What a tenant may use per minute; 0 is no limit."""
+    """What a tenant may use per minute, 0 being no limit, and its share when there is not enough for all."""
 
     requests: int = 0
     tokens: int = 0  # of prompts and outputs together
+    weight: float = 1.0
+
+
+MAX_TIMEOUT_S = 86400.0  # a longer one would be none
 
 
 class Submit(Message, frozen=True):
@@ -103,6 +107,7 @@ class Submit(Message, frozen=True):
     `output` holds the ids already received when a request is submitted again (to a restarted scheduler): generation
     goes on behind them, and the indices of `Output` count from the first id of the whole output. `attempts` counts how
     often an engine failed while it held the sequence, without a token of it since: who is the cause runs alone.
+    `timeout_s` and `max_queue_s` count from the arrival of the client's request, which was `waited_s` ago; 0 is none.
     """
 
     id: int
@@ -115,6 +120,8 @@ class Submit(Message, frozen=True):
     output: bytes = b""  # int32
     attempts: int = 0
     quota: Quota = Quota()  # of the tenant; not charged for what is submitted again
+    timeout_s: float = 0.0  # until the last token
+    max_queue_s: float = 0.0  # until the first place in a step; void once there is output
 
 
 class Abort(Message, frozen=True):
@@ -157,17 +164,36 @@ class Status(Message, frozen=True):
 PHASES = ("connecting", "loading", "allocating", "warming up", "ready", "recovering", "stalled", "failed")
 
 
+class Hypothesis(Struct, array_like=True, frozen=True, gc=False):
+    """One of the best sequences that a beam search has found."""
+
+    tokens: list[int]
+    finish: str  # "stop" or "length"
+    logprob: float  # of all its tokens together
+    score: float  # by which they are ordered: the logprob over the length to the power of the length penalty
+
+
 class Output(Struct, array_like=True, frozen=True, gc=False):
-    """New ids of one request. A frontend drops ids it has (by index); a gap is an error."""
+    """New ids of one request. A frontend drops ids it has (by index); a gap is an error.
+
+    A beam search says nothing before its end, and then `hypotheses`, best first, instead of tokens.
+    """
 
     id: int
     first_index: int  # position of tokens[0] in the output
     tokens: list[int]
-    finish: str | None = None  # "stop" (a stop token, which is the last id), "length", "abort", "error"
+    finish: str | None = None  # "stop" (a stop token, which is the last id), "length", "abort", "error", "timeout"
     num_cached: int = 0  # prompt tokens whose KV was found in the prefix cache at the first admission
-    error: str = ""  # why, when finish is "error"
-    rejection: str = ""  # "overloaded", "rate_limited" or "too_long" when it was never accepted (finish "error")
-    retry_after_s: float = 0.0  # with "overloaded" and "rate_limited": when there may be room
+    error: str = ""  # why, when finish is "error" or "timeout"
+    # "overloaded", "rate_limited" or "too_long" when it was never accepted, "expired" when it has waited for
+    # `max_queue_s`, or would have to
+    rejection: str = ""
+    retry_after_s: float = 0.0  # with all but "too_long": when there may be room
+    hypotheses: list[Hypothesis] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) + sum(len(hypothesis.tokens) for hypothesis in self.hypotheses)
 
 
 class Outputs(Message, frozen=True):
@@ -202,6 +228,7 @@ class WorkerReady(Message, frozen=True):
     available_bytes: int  # for the KV cache
     host_bytes: int = 0  # of host memory, for blocks that the device has no room for
     disk_bytes: int = 0  # likewise of a file
+    window: int = 0  # tokens that the layer which sees furthest sees; 0: all
 
 
 class Allocated(Message, frozen=True):
@@ -225,6 +252,9 @@ class StepResult(Message, frozen=True):
     counts: bytes  # int32: new tokens of each sampling row (more than one under speculation)
     tokens: bytes  # int32, concatenated
     took_us: int = 0  # computing it, without waiting for the steps before
+    # The likeliest tokens of each row that asks for `SamplingParams.num_candidates`, row after row, likeliest first.
+    best_ids: bytes = b""  # int32
+    best_logprobs: bytes = b""  # float32, of the model's own distribution
 
 
 class RequestFault(Message, frozen=True):
@@ -307,7 +337,51 @@ class Shutdown(Message, frozen=True):
     """Finish and exit with code 0."""
 
 
-FromFrontend = Hello | Heartbeat | Submit | Abort | GetStats
-ToFrontend = Welcome | Refused | Heartbeat | Status | Outputs | Stats | Shutdown
+# --- observer <-> scheduler, on the frontends' wire -------------------------------------------------------------------
+
+
+class GetJournal(Message, frozen=True):
+    """Asks for `JournalWritten`. Token ids are replaced, unless `reveal` asks for them and the engine allows it."""
+
+    reveal: bool = False
+
+
+class JournalWritten(Message, frozen=True):
+    """Where the scheduler's host has it now; or `why` it has not."""
+
+    path: str
+    num_bytes: int
+    why: str = ""
+
+
+class Tap(Message, frozen=True):
+    """Asks for copies of what is said on both wires. Said again for every `Tapped`: what was not acknowledged is bounded,
+    and what does not fit is not copied. Token ids are zeros, unless `reveal` asks for them and the engine allows it."""
+
+    reveal: bool = False
+    received: int = 0  # bytes so far, of bodies and `COPY_BYTES` for each
+
+
+COPY_BYTES = 100  # what else there is to a copy
+
+
+class Copied(Struct, array_like=True, frozen=True, gc=False):
+    """A message that the scheduler has heard or said."""
+
+    at: float  # seconds since 1970
+    wire: str  # "frontends" or "workers"
+    inbound: bool
+    peer: str  # its name
+    body: bytes  # as in a frame; empty when the conversation was lost
+
+
+class Tapped(Message, frozen=True):
+    copies: list[Copied]
+    dropped: int  # since the tap began
+    why: str = ""  # it cannot be as it was asked for
+
+
+FromFrontend = Hello | Heartbeat | Submit | Abort | GetStats | GetJournal | Tap
+ToFrontend = Welcome | Refused | Heartbeat | Status | Outputs | Stats | Shutdown | JournalWritten | Tapped
 FromWorker = Hello | Heartbeat | Progress | WorkerReady | Allocated | StepResult | RequestFault | Left | WorkerFault
 ToWorker = Welcome | Refused | Heartbeat | Allocate | StepPlan | Shutdown

@@ -73,6 +73,8 @@ class Metrics:
         self.preemptions = self._counter("vllm:num_preemptions", "Sequences preempted for lack of KV blocks.")
         self.success = self._counter("vllm:request_success", "Finished sequences.", "finished_reason")
         self.rejections = self._counter("vllm:admission_rejections", "Sequences that were not accepted.", "reason")
+        self.blocks_moved = self._counter("quire:kv_blocks_moved", "KV blocks that left the device for host memory or disk (saved), came back (restored), or were computed again, being cheaper (recomputed).", "how")
+        self.timed_out = self._counter("quire:requests_timed_out", "Sequences that ran out of time (timeout, max_queue_time) before anything was computed for them, or after.", "phase")
         self.bad_frames = self._counter("quire:bad_frames", "Frames that were dropped: they did not decode, or came again.", "wire", "side")
         self.group_losses = self._counter("quire:group_losses", "Worker groups that were lost, at a start or later.", "cause")
         self.recovery_time = self._histogram("quire:recovery_seconds", "From the loss of a worker group that served until another one does.", LATENCY_BUCKETS)

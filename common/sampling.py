@@ -4,7 +4,7 @@ import math
 import re
 import secrets
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -44,7 +44,15 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     ignore_eos: Annotated[bool, Meta(description="Do not end at the model's end-of-sequence tokens.")] = False
     include_stop_str_in_output: Annotated[bool, Meta(description="Keep the stop string in the text.")] = False
     skip_special_tokens: Annotated[bool, Meta(description="Leave special tokens out of the text.")] = True
+    beam_width: Annotated[int, Meta(ge=0, le=MAX_CHOICES, description="Beam search with this many beams, of which the n best are returned; 0: none.")] = 0
+    length_penalty: Annotated[float, Meta(ge=-5.0, le=5.0, description="Beams are compared by their log-probability over their length to this power.")] = 1.0
+    early_stopping: Annotated[bool | Literal["never"], Meta(description="When a beam search ends: true, with beam_width complete answers; false, when better ones are unlikely; \"never\", when there can be none.")] = False
     # fmt: on
+
+    @property
+    def num_candidates(self) -> int:
+        """Tokens that the worker is asked for at each step: as many as leave each beam one that ends nothing."""
+        return max(2, 1 + len(self.stop_token_ids)) * self.beam_width
 
     def checked(self) -> "SamplingParams":
         """The same parameters once types and ranges hold; raises `RequestError` naming the field otherwise."""
@@ -64,15 +72,23 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
         stops = self.stop_token_ids if self.ignore_eos else [*self.stop_token_ids, *eos_token_ids]
         max_tokens = room if self.max_tokens is None else min(self.max_tokens, room)
         seed = secrets.randbelow(2**63) if self.seed in (None, -1) else self.seed
-        return msgspec.structs.replace(
+        resolved = msgspec.structs.replace(
             self,
-            n=1,
+            n=self.n if self.beam_width else 1,
             max_tokens=max_tokens,
             min_tokens=min(self.min_tokens, max_tokens),
+            temperature=0.0 if self.beam_width else self.temperature,
             seed=seed,
             stop=[],
             stop_token_ids=sorted(set(stops)),
         )
+        if resolved.num_candidates > vocab_size:
+            raise RequestError(
+                f"beam_width: {self.beam_width} beams and {len(resolved.stop_token_ids)} tokens that end an output need a"
+                f" vocabulary of {resolved.num_candidates}, this one has {vocab_size}",
+                param="beam_width",
+            )
+        return resolved
 
 
 def check(fields: dict[str, object]) -> SamplingParams:
@@ -94,7 +110,39 @@ def check(fields: dict[str, object]) -> SamplingParams:
         raise RequestError(
             f"min_tokens must not exceed max_tokens, got {params.min_tokens} > {params.max_tokens}", param="min_tokens"
         )
+    _check_beams(params)
     return params
+
+
+# What a beam search does without, with the values that ask for nothing.
+_NOT_WITH_BEAMS = {
+    "temperature": (0.0, 1.0),
+    "top_k": (0, -1),
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+    "min_tokens": (0,),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "logit_bias": ({},),
+    "stop": ([],),
+}
+
+
+def _check_beams(params: SamplingParams) -> None:
+    if not params.beam_width:
+        for name, neutral in (("length_penalty", 1.0), ("early_stopping", False)):
+            if getattr(params, name) != neutral:
+                raise RequestError(f"{name} is for a beam search: set beam_width", param=name)
+        return
+    for name, without in _NOT_WITH_BEAMS.items():
+        if (value := getattr(params, name)) not in without:
+            raise RequestError(f"{name} has no part in a beam search, got {value!r:.80}; leave it out", param=name)
+    if params.n > params.beam_width:
+        raise RequestError(
+            f"a beam search of {params.beam_width} beams has no {params.n} answers: n must not exceed its width",
+            param="n",
+        )
 
 
 def _explained(problem: str, fields: dict[str, object]) -> RequestError:

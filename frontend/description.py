@@ -29,7 +29,7 @@ ANSWERS: Mapping[str, type[Struct]] = {
     "/v1/chat/completions": ChatCompletion,
 }
 FOR_ALL = (400, 403, 408, 414, 431, 500, 503)
-FOR_BODIES = (404, 413, 429)
+FOR_BODIES = (404, 413, 429, 504)
 KEY = {"type": "http", "scheme": "bearer", "description": "One of the server's keys, if it has any."}
 
 

@@ -57,7 +57,7 @@ class EngineClient:
         self.failure: QuireError | None = None  # why the engine is gone for good
         self.ended = False  # failed, or said goodbye
         self._address, self._keys = wires(address)[0], keys
-        self._link = SchedulerLink(self._hear, self._heard_again, self._broke)
+        self._link = SchedulerLink(self._hear, self._heard_again, self._broke, self._end_overdue)
         self._sequences = Sequences()
         self._changed = asyncio.Event()
         self._stats = b""
@@ -241,6 +241,13 @@ class EngineClient:
         if self._takes_sequences:
             for submission in self._sequences.due(time.monotonic()):
                 self._link.post(submission)
+
+    def _end_overdue(self) -> None:
+        if len(self._sequences):
+            late = self._sequences.overdue(overload_status=self._overload_status, now=time.monotonic())
+            if late:
+                self._link.post(Abort(late))
+                self._submit_due()
 
     def _abort(self, stream: TokenStream) -> None:
         id = self._sequences.remove(stream)

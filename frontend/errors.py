@@ -39,6 +39,7 @@ KINDS = {
     431: Kind("invalid_request_error", "request_too_large", _GONE | _NO_RETRY),
     500: Kind("internal_error", "internal_error"),
     503: Kind("service_unavailable", "overloaded", retry_after(1)),
+    504: Kind("timeout_error", "timeout", _NO_RETRY),
 }
 
 

@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 Scope = Literal["inference", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-FIELDS = ("name", "key", "scopes", "requests_per_minute", "tokens_per_minute")
+FIELDS = ("name", "key", "scopes", "requests_per_minute", "tokens_per_minute", "weight")
+LEAST_WEIGHT, MOST_WEIGHT = 0.01, 100
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 8
 CHECK_EVERY_S = 1.0
@@ -129,7 +130,8 @@ def _api_key(entry: Any, where: str) -> ApiKey:
         raise ConfigError(f"{where}: key: expected text in quotes, without spaces around it")
     if key.startswith(PREFIX) and not is_digest(key):
         raise ConfigError(f"{where}: key: {PREFIX} must be followed by 64 hexadecimal digits in small letters")
-    quota = Quota(_limit(entry, "requests_per_minute", where), _limit(entry, "tokens_per_minute", where))
+    limits = _limit(entry, "requests_per_minute", where), _limit(entry, "tokens_per_minute", where)
+    quota = Quota(*limits, _weight(entry, where))
     return ApiKey(configured(key), name, _scopes(entry, where), quota)
 
 
@@ -149,6 +151,17 @@ def _limit(entry: dict[Any, Any], field: str, where: str) -> int:
             f"{where}: {field}: expected a whole number from 1 on, got {value!r:.80}; leave it out for no limit"
         )
     return value
+
+
+def _weight(entry: dict[Any, Any], where: str) -> float:
+    value = entry.get("weight")
+    if value is None:
+        return Quota().weight
+    if type(value) not in (int, float) or not LEAST_WEIGHT <= value <= MOST_WEIGHT:
+        raise ConfigError(
+            f"{where}: weight: expected a number from {LEAST_WEIGHT} to {MOST_WEIGHT}, got {value!r:.80}; leave it out for 1"
+        )
+    return float(value)
 
 
 def _check_unique(what: str, values: Sequence[str], source: str) -> None:

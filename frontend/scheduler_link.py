@@ -36,7 +36,7 @@ class SchedulerLink:
 
     `hear` is given what the scheduler says; a Welcome only if it begins a conversation, and LOST when one is over: what
     was asked in it is forgotten, and a Welcome will follow. `heard_again` is called after a silence, `broke` with what
-    no conversation can mend.
+    no conversation can mend, `tick` every HEARTBEAT_S, be there a scheduler or not.
     """
 
     def __init__(
@@ -44,10 +44,11 @@ class SchedulerLink:
         hear: Callable[[ToFrontend | Lost], None],
         heard_again: Callable[[], None],
         broke: Callable[[BaseException], None],
+        tick: Callable[[], None],
     ) -> None:
         self.welcome: Welcome | None = None  # the last one
         self.connected = False  # in the conversation that it began
-        self._hear, self._heard_again, self._broke = hear, heard_again, broke
+        self._hear, self._heard_again, self._broke, self._tick = hear, heard_again, broke, tick
         self._outbox: list[Message] = []
         self._to_send = asyncio.Event()
         self._heard_at = self._beat_at = time.monotonic()
@@ -130,6 +131,7 @@ class SchedulerLink:
                 self._put(self._heartbeat())
             else:
                 self._say_hello()
+            self._tick()
             await asyncio.sleep(HEARTBEAT_S)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:

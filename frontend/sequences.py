@@ -12,15 +12,16 @@ import logging
 from http import HTTPStatus
 
 from ..common.errors import EngineError, QuireError, RequestError
-from ..common.messages import Output, Submit
+from ..common.messages import HEARTBEAT_S, Output, Submit
 from .errors import retry_after
-from .streams import TokenStream
+from .streams import Routing, TokenStream
 
 log = logging.getLogger(__name__)
 
 SUSPECT_ATTEMPTS = 2
 MAX_ATTEMPTS = 4
 _PASSING = ("overloaded", "rate_limited")  # rejections that do not last
+_PATIENCE_S = HEARTBEAT_S  # in which a scheduler may say itself that the time of a sequence is over
 _REST_S = (1.0, 60.0)  # a sequence that was taken before tries again after what the scheduler says, within these
 
 
@@ -72,7 +73,7 @@ class Sequences:
             self._again(stream)
             return output.id
         if output.finish not in (None, "stop", "length"):
-            stream.fail(_ended_badly(output, overload_status))
+            stream.fail(_ended_badly(output, stream.routing, overload_status))
         if stream.done:
             del self._held[output.id]
         return None
@@ -81,6 +82,18 @@ class Sequences:
         """Forget a sequence that nobody reads any more. Returns the id that the scheduler holds it by, if it does."""
         self._waiting.pop(stream, None)
         return stream.id if self._held.pop(stream.id, None) is not None else None
+
+    def overdue(self, *, overload_status: int, now: float) -> list[int]:
+        """End sequences whose time is over, where no scheduler does. Returns ids that it is to abort, should it hear."""
+        for stream in [stream for stream in self._waiting if stream.ends_at <= now or stream.begins_by <= now]:
+            del self._waiting[stream]
+            late = _timed_out(stream.routing) if stream.ends_at <= now else _not_begun(stream.routing, overload_status)
+            stream.fail(late)
+        late_ids = [id for id, stream in self._held.items() if stream.ends_at + _PATIENCE_S <= now]
+        for id in late_ids:
+            stream = self._held.pop(id)
+            stream.fail(_timed_out(stream.routing))
+        return late_ids
 
     def withdraw(self, *, died: bool) -> int:
         """The scheduler holds nothing any more; `died` if it is another one. Those it held wait again, before all
@@ -121,9 +134,13 @@ class Sequences:
         return True
 
 
-def _ended_badly(output: Output, overload_status: int) -> QuireError:
+def _ended_badly(output: Output, routing: Routing, overload_status: int) -> QuireError:
     """The error of a sequence that the engine ended without an answer."""
     match output.rejection:
+        case "expired":
+            return _not_begun(routing, overload_status, output.retry_after_s)
+        case "" if output.finish == "timeout":
+            return _timed_out(routing)
         case "overloaded":
             message, status, code = "the engine's queue is full", overload_status, "overloaded"
         case "rate_limited":
@@ -134,3 +151,13 @@ def _ended_badly(output: Output, overload_status: int) -> QuireError:
             message = output.error or "the engine cannot hold this request"
             return RequestError(message, code="context_length_exceeded", param="prompt")
     return RequestError(output.error or message, status=status, code=code, headers=retry_after(output.retry_after_s))
+
+
+def _timed_out(routing: Routing) -> RequestError:
+    message = f"the answer was not complete within the request's timeout of {routing.timeout_s:g} s"
+    return RequestError(message, status=HTTPStatus.GATEWAY_TIMEOUT, code="timeout")
+
+
+def _not_begun(routing: Routing, overload_status: int, retry_after_s: float = 0.0) -> RequestError:
+    message = f"the request could not begin within its max_queue_time of {routing.max_queue_s:g} s"
+    return RequestError(message, status=overload_status, code="queue_timeout", headers=retry_after(retry_after_s))

@@ -6,6 +6,7 @@ The producer never waits and a slow reader costs one slot of memory: what arrive
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from math import inf
 
 from msgspec import Struct
 
@@ -37,6 +38,8 @@ class Routing(Struct, frozen=True, kw_only=True):
     tenant: str = ""
     salt: str = ""  # prefixes are shared only between requests of equal salt
     quota: Quota = Quota()  # of the tenant
+    timeout_s: float = 0.0  # from `arrival` to the last token; 0: none
+    max_queue_s: float = 0.0  # from `arrival` until anything is computed; 0: none
 
 
 class TokenStream:
@@ -74,6 +77,16 @@ class TokenStream:
         self._num_cached = 0
         self._finish_taken = False
 
+    @property
+    def ends_at(self) -> float:
+        """time.monotonic() at which its time is over; infinity without a timeout."""
+        return self.arrival + self.routing.timeout_s if self.routing.timeout_s else inf
+
+    @property
+    def begins_by(self) -> float:
+        """Likewise until something must have been computed. Void once there is output."""
+        return self.arrival + self.routing.max_queue_s if self.routing.max_queue_s and not self.output else inf
+
     def submission(self) -> Submit:
         """The message that starts this sequence, or goes on with it behind the ids that are here."""
         self._submitted = len(self.output)
@@ -88,6 +101,8 @@ class TokenStream:
             output=pack(self.output),
             attempts=self.attempts,
             quota=self.routing.quota,
+            timeout_s=self.routing.timeout_s,
+            max_queue_s=self.routing.max_queue_s,
         )
 
     def accept(self, output: Output) -> None:

@@ -15,6 +15,9 @@ COMMANDS = {  # name -> (module with main(argv, prog=...), what it does)
     "chat": ("chat", "Chat with a server, in the terminal or through a pipe."),
     "complete": ("complete", "Continue a text."),
     "keys": ("keys", "Make the keys of an engine on several hosts."),
+    "tap": ("tap", "Show what the processes of a running engine say to each other."),
+    "journal": ("journal", "Have a running engine write down what its scheduler did."),
+    "replay": ("replay", "Run a scheduler again from its journal, on no device."),
 }
 
 HELP = """\

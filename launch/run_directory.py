@@ -32,6 +32,23 @@ def run_directory(given: Path | None = None) -> Iterator[Path]:
         yield path
 
 
+def living() -> list[Path]:
+    """The folders of this user's engines that run, of those that have one of their own."""
+    found = []
+    for path in sorted(_base().glob(f"{_PREFIX}*")):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another's
+            if path.is_symlink() or path.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(path / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append(path)
+            finally:
+                os.close(lock)
+    return found
+
+
 @contextlib.contextmanager
 def _made(base: Path) -> Iterator[Path]:
     try:

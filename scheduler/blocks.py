@@ -2,6 +2,8 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import cast
 
 NULL_BLOCK = 0  # padding is written there; never handed out
 
@@ -24,6 +26,7 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
         self._content: dict[int, tuple[bytes, bytes]] = {}  # block -> digest of its prefix, bytes of its own tokens
         self._by_digest: dict[bytes, int] = {}
+        self.num_released = 0  # times that a block came free
 
     @property
     def num_free(self) -> int:
@@ -47,6 +50,16 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def evict(self, count: int) -> list[tuple[int, bytes, bytes]]:
+        """Forget what the `count` blocks hold that `take` hands out next. Returns it: (block, digest, tokens) of each
+        that held something."""
+        evicted = []
+        for block in islice(self._free, count):
+            if content := self._content.pop(block, None):
+                del self._by_digest[content[0]]
+                evicted.append((block, *content))
+        return evicted
+
     def share(self, blocks: Iterable[int]) -> None:
         """One more holder for each block that `find` returned."""
         for block in blocks:
@@ -61,6 +74,7 @@ class BlockPool:
             assert self._refs[block] >= 0, f"block {block} was released too often"
             if self._refs[block] == 0:
                 self._free[block] = None
+                self.num_released += 1
                 if block not in self._content:
                     self._free.move_to_end(block, last=False)
 
@@ -75,10 +89,11 @@ class BlockPool:
         if content := self._content.pop(block, None):
             del self._by_digest[content[0]]
 
-    def forget(self, digest: bytes) -> None:
-        """Let `find` return no block for this prefix any more."""
+    def forget(self, digest: bytes) -> int | None:
+        """Let `find` return no block for this prefix any more; which one it was."""
         if (block := self._by_digest.get(digest)) is not None:
             self.retract(block)
+        return block
 
     def find(self, digest: bytes, tokens: bytes) -> int | None:
         """The published block of this prefix. Its tokens are compared too, so a collision is a miss."""
@@ -86,6 +101,19 @@ class BlockPool:
         if block is None or self._content[block][1] != tokens:
             return None
         return block
+
+    def find_chain(self, digests: Sequence[bytes], tokens: bytes) -> list[int]:
+        """The published blocks of a prefix, up to the first that `find` would miss; `tokens` are those of all of them."""
+        found = list(map(self._by_digest.get, digests))
+        blocks = cast(list[int], found[: found.index(None)] if None in found else found)
+        held = b"".join([self._content[block][1] for block in blocks])
+        while blocks and held != tokens[: len(held)]:
+            held = held[: -len(self._content[blocks.pop()][1])]
+        return blocks
+
+    def knows(self, digest: bytes) -> bool:
+        """Whether a block is published for this prefix."""
+        return digest in self._by_digest
 
     def check(self, tables: Iterable[Sequence[int]], blocks: range | None = None) -> None:
         """Raises AssertionError unless free and held blocks are all there are, `tables` being all block tables.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..common.messages import PEER_TIMEOUT_S, PROTOCOL, Hello, Progress, WorkerReady
+from ..common.messages import PEER_TIMEOUT_S, PROTOCOL, Allocated, Hello, Progress, WorkerReady
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class Worker:
     name: str
     progress: Progress | None = None
     ready: WorkerReady | None = None
-    allocated: bool = False
+    allocated: Allocated | None = None
     heard_at: float = 0.0
     claimed_at: float | None = None  # another one wants its rank
 
@@ -42,6 +42,10 @@ class Frontends:
 
     def count(self, role: str) -> int:
         return sum(peer.role == role for peer in self._peers.values())
+
+    def name(self, identity: bytes) -> str:
+        peer = self._peers.get(identity)
+        return peer.name if peer is not None else "a stranger"
 
     def greet(self, identity: bytes, hello: Hello, now: float) -> str | None:
         """Take the peer in, or say why not. A Hello that is repeated changes nothing."""

@@ -1,4 +1,4 @@
-"""Finds KV that was computed before for the same beginning of a sequence.
+"""Names of KV: equal names stand for equal prefixes, so what was computed before is found again.
 
 A full block is named by a SHA-256 chain: digest(i) = H(digest(i - 1) | its token ids as int32), digest(-1) = H(salt).
 A name thus stands for the whole prefix and for who may share it. Chained block hashes are vLLM's automatic prefix
@@ -6,6 +6,7 @@ caching; nano-vllm's comparison of the stored tokens is in `BlockPool.find`.
 """
 
 import sys
+from collections.abc import Callable
 from hashlib import sha256
 
 from .blocks import BlockPool
@@ -14,12 +15,21 @@ from .request import Request
 NEVER = sys.maxsize  # as `publish_at`: this request's blocks are not shared
 
 
-def match(pool: BlockPool, request: Request, block_size: int) -> list[int]:
-    """The longest chain of published blocks that begins the request. At least one token is left to compute."""
-    found: list[int] = []
-    for index in range((len(request.tokens) - 1) // block_size):
-        digest, tokens = _name(request, index, block_size)
+def match(
+    pool: BlockPool,
+    request: Request,
+    block_size: int,
+    elsewhere: Callable[[bytes, bytes], int | None] = lambda digest, tokens: None,
+) -> list[int]:
+    """The longest chain of blocks that are published, or found `elsewhere` by name and tokens, from the beginning of the
+    request. At least one token is left to compute."""
+    count = (len(request.tokens) - 1) // block_size
+    extend(request, count, block_size)
+    found = pool.find_chain(request.digests[:count], request.tokens[: count * block_size].tobytes())
+    for index in range(len(found), count):
+        digest, tokens = name(request, index, block_size)
         block = pool.find(digest, tokens)
+        block = elsewhere(digest, tokens) if block is None else block
         if block is None:
             break
         found.append(block)
@@ -30,14 +40,32 @@ def publish(pool: BlockPool, request: Request, block_size: int) -> None:
     """Share the blocks whose KV is planned and whose tokens are known. Plans that read them must come later."""
     full = min(request.computed, len(request.tokens)) // block_size
     for index in range(request.publish_at // block_size - 1, full):
-        pool.publish(request.blocks[index], *_name(request, index, block_size))
+        pool.publish(request.blocks[index], *name(request, index, block_size))
         request.publish_at += block_size
 
 
-def _name(request: Request, index: int, block_size: int) -> tuple[bytes, bytes]:
-    """Digest and token bytes of a full block; digests are kept, each is computed once in a request's life."""
-    digests, tokens = request.digests, request.tokens
-    for i in range(len(digests), index + 1):
-        parent = digests[-1] if digests else sha256(request.salt.encode(errors="surrogatepass")).digest()
-        digests.append(sha256(parent + tokens[i * block_size : (i + 1) * block_size].tobytes()).digest())
-    return digests[index], tokens[index * block_size : (index + 1) * block_size].tobytes()
+def name(request: Request, index: int, block_size: int) -> tuple[bytes, bytes]:
+    """Digest and token bytes of a full block."""
+    if index >= len(request.digests):
+        extend(request, index + 1, block_size)
+    return request.digests[index], request.tokens[index * block_size : (index + 1) * block_size].tobytes()
+
+
+def extend(request: Request, count: int, block_size: int) -> None:
+    """Name the first `count` blocks. Names are kept: each is computed once in a request's life."""
+    digests = request.digests
+    if (first := len(digests)) >= count:
+        return
+    parent = digests[-1] if digests else root(request)
+    tokens = request.tokens[first * block_size : count * block_size].tobytes()
+    size = len(tokens) // (count - first)
+    for begin in range(0, len(tokens), size):
+        parent = sha256(parent + tokens[begin : begin + size]).digest()
+        digests.append(parent)
+
+
+def root(request: Request) -> bytes:
+    """Whose prefixes these are: those of all requests of its salt, or its own alone."""
+    if request.private:
+        return sha256(b"request %d" % request.arrival).digest()
+    return sha256(b"salt " + request.salt.encode(errors="surrogatepass")).digest()

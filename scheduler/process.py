@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from ..common.messages import (
     Allocated,
     FromFrontend,
     FromWorker,
+    GetJournal,
     GetStats,
     Heartbeat,
     Hello,
@@ -36,16 +38,20 @@ from ..common.messages import (
     Status,
     StepResult,
     Submit,
+    Tap,
     Welcome,
     WorkerFault,
     WorkerReady,
 )
 from ..common.model_info import ModelInfo
 from ..common.process import on_termination
+from . import startup
+from .disk_index import DiskIndex
 from .peers import Frontends, Worker
 from .recorder import Recorder
-from .scheduler import Scheduler
 from .serving import Serving
+from .sight import Sight
+from .taps import TappedHub
 from .workers import Claim, WorkerGroup
 
 log = logging.getLogger(__name__)
@@ -72,12 +78,14 @@ class Process:
         frontends_wire, workers_wire = wires(address)
         self.config, self.info = config, info
         self.epoch = _new_epoch()  # of this scheduler, to frontends
+        self._sight = Sight(config, info, run_dir, self._name_of)
         self._context: zmq.Context[Any] = zmq.Context()
         self._admission = contextlib.ExitStack()
         self._admission.enter_context(curve.admit(self._context, keys))
         try:
-            self._to_frontends: Hub[Any] = Hub(self._context, frontends_wire, FromFrontend, keys)
-            self._to_workers: Hub[Any] = Hub(self._context, workers_wire, FromWorker, keys)
+            taps = self._sight.taps
+            self._to_frontends = TappedHub[Any](self._context, frontends_wire, FromFrontend, keys, "frontends", taps)
+            self._to_workers = TappedHub[Any](self._context, workers_wire, FromWorker, keys, "workers", taps)
         except ConfigError:
             self._admission.close()
             self._context.destroy(linger=0)
@@ -88,6 +96,7 @@ class Process:
         self._serving: Serving | None = None  # once the workers have memory
         self._told_at = self._beat_at = self._turn_at = time.monotonic()
         self._status = self._workers.status(self._told_at)
+        self._disk_ids: list[str] = []  # of the files that the index is of
         self._lost_at: float | None = None  # when a group that served was lost, until another one does
         self._num_refused = 0
         self._stopping = False
@@ -116,8 +125,9 @@ class Process:
             log.error("%s", error)
             self._farewell(Status("failed", detail=str(error)))
             code = EXIT_CONFIG
-        except Exception:
+        except Exception as error:
             log.exception("a bug in the scheduler ends it")
+            self._sight.failed(repr(error))
             code = EXIT_FATAL
         finally:
             self._close()
@@ -130,6 +140,8 @@ class Process:
 
     def _close(self) -> None:
         self._stopping = True  # the pipe is about to go: a late signal must not write to it
+        if self._serving is not None:
+            self._serving.close()
         self._to_frontends.close()
         self._to_workers.close()
         self._admission.close()
@@ -139,7 +151,9 @@ class Process:
 
     def _turn(self) -> None:
         wait_s = HEARTBEAT_S if self._workers.complete else STARTING_POLL_S
-        self._poller.poll(int(wait_s * 1000))
+        if self._serving is not None:
+            wait_s = max(0.0, min(wait_s, self._serving.next_deadline - time.monotonic()))
+        self._poller.poll(math.ceil(wait_s * 1000))
         now = time.monotonic()
         if now - self._turn_at > PEER_TIMEOUT_S / 2:  # it was this process that was away
             self._frontends.forgive(now)
@@ -148,15 +162,20 @@ class Process:
         self._receive("workers", self._to_workers, self._from_worker)
         self._receive("frontends", self._to_frontends, self._from_frontend)
         if self._serving is not None:
+            self._serving.expire(now)
             self._dispatch(self._serving)
             self._flush(self._serving)
         if now - self._beat_at >= HEARTBEAT_S:
             self._beat(now)
         self._tell(now)
+        for identity, news in self._sight.take():
+            self._to_frontends.send(identity, news)
 
     def _receive(self, wire: str, hub: Hub[Any], handle: Callable[[bytes, Any], None]) -> None:
         bad_frames = hub.codec.bad_frames
         for identity, message in hub.received(FRAMES_PER_TURN):
+            if self._sight.taps.active:
+                self._sight.taps.heard(wire, identity, message)
             handle(identity, message)
         if hub.codec.bad_frames > bad_frames:
             self._recorder.bad_frames(wire, hub.codec.bad_frames - bad_frames)
@@ -191,6 +210,8 @@ class Process:
                 self._serving.submit(identity, message, now)
             case Abort() if self._serving is not None:
                 self._serving.abort(identity, message.ids, now)
+            case GetJournal() | Tap() if peer.role == "observer":
+                self._sight.asked(identity, message)
             case GetStats():
                 if self._serving is not None:
                     self._recorder.levels(self._serving.scheduler)
@@ -205,11 +226,15 @@ class Process:
 
     def _drop_frontend(self, identity: bytes, why: str) -> None:
         peer = self._frontends.remove(identity)
+        self._sight.forget(identity)
         self._to_frontends.forget(identity)
         num_requests = self._serving.drop(identity, time.monotonic()) if self._serving is not None else 0
         level = logging.WARNING if num_requests else logging.DEBUG  # nothing is lost when one ends that had none
         log.log(level, "%s %s; %d requests of it were freed", peer.name, why, num_requests)
         self._count_peers()
+
+    def _name_of(self, wire: str, identity: bytes) -> str:
+        return self._frontends.name(identity) if wire == "frontends" else self._workers.name(identity)
 
     def _count_peers(self) -> None:
         for role in ("frontend", "observer"):
@@ -236,7 +261,7 @@ class Process:
                 for member in self._workers.loaded(identity, message):
                     self._to_workers.send(member, self._workers.allocate())
             case Allocated(rank) if rank == worker.rank and worker.ready is not None:
-                worker.allocated = True
+                worker.allocated = message
                 if self._workers.complete:
                     self._serve(now)
             case StepResult(epoch) | RequestFault(epoch) if worker.rank == 0 and epoch == self._workers.epoch:
@@ -295,15 +320,35 @@ class Process:
         assert capacity is not None
         if self._serving is None:
             config = self.config
-            scheduler = Scheduler(
-                config.scheduler, config.cache, capacity.num_blocks, capacity.max_model_len, epoch=self._workers.epoch
+            num_host, num_disk = self._workers.num_saved
+            scheduler = self._sight.scheduler(
+                config.scheduler,
+                config.cache,
+                capacity.num_blocks,
+                capacity.max_model_len,
+                num_host_blocks=num_host,
+                num_disk_blocks=num_disk,
+                window=self._workers.window,
+                epoch=self._workers.epoch,
             )
             self._serving = Serving(scheduler, self.info, self._recorder, config.scheduler.pipeline_depth)
             log.info("ready: %d KV blocks of %d tokens", capacity.num_blocks, capacity.block_size)
+        self._serving.served_by(self._workers.restoring_takes, self._disk_index())
         if self._lost_at is not None:
             log.info("ready again after %.2f s", now - self._lost_at)
             self._recorder.recovered(now - self._lost_at)
             self._lost_at = None
+
+    def _disk_index(self) -> DiskIndex | None:
+        """That of the files which this group has open; None for those that the group before had, or if there are none."""
+        ids = [worker.allocated.disk_id for worker in self._workers.all if worker.allocated is not None]
+        num_blocks = self._workers.num_saved[1]
+        if not num_blocks or ids == self._disk_ids:
+            return None
+        if self._serving is not None:
+            self._serving.close()
+        self._disk_ids = ids
+        return startup.disk_index(self.config, self.info, self._workers.all, num_blocks)
 
     def _step_news(self, message: StepResult | RequestFault, now: float) -> None:
         serving = self._serving

@@ -18,6 +18,7 @@ class Recorder:
         self.metrics = Metrics(model)
         self._model = model
         self._caching = caching
+        self._moved: Counter[str] = Counter()  # blocks, at the last look
         self._bad_frames: OrderedDict[bytes, int] = OrderedDict()  # that a peer has reported
 
     def rejected(self, reason: str) -> None:
@@ -44,8 +45,8 @@ class Recorder:
         gaps: Counter[float] = Counter()  # rows that decode together share one gap
         num_tokens = 0
         for request, output in news:
+            num_tokens += output.num_tokens
             if output.tokens:
-                num_tokens += len(output.tokens)
                 if output.first_index:
                     gaps[request.last_token_at] += 1
                 else:
@@ -67,6 +68,12 @@ class Recorder:
     def aborted(self) -> None:
         """Counted, but its latency and length say nothing of the engine's."""
         self.metrics.success.labels(self._model, "abort").inc()
+
+    def timed_out(self, request: Request) -> None:
+        """Counted alone, as `aborted` is. `phase`: whether any of it was computed."""
+        begun = request.num_cached is not None or request.num_output
+        self.metrics.success.labels(self._model, "timeout").inc()
+        self.metrics.timed_out.labels(self._model, "running" if begun else "waiting").inc()
 
     def peers(self, role: str, count: int) -> None:
         self.metrics.peers.labels(self._model, role).set(count)
@@ -104,4 +111,7 @@ class Recorder:
         metrics.blocks_total.set(pool.num_blocks)
         metrics.blocks_free.set(pool.num_free)
         metrics.step_budget.set(scheduler.budget)
+        for how, count in (scheduler.kv.moved - self._moved).items():
+            metrics.blocks_moved.labels(self._model, how).inc(count)
+        self._moved = scheduler.kv.moved.copy()
         metrics.kv_usage.set(1 - pool.num_free / pool.num_blocks)

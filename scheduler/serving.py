@@ -1,13 +1,17 @@
 """Between the wire and the scheduler: who owns which request, who is to hear what. No sockets; times are arguments."""
 
 import logging
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
+from math import inf
+
+import msgspec
 
 from ..common.messages import Output, Outputs, RequestFault, StepPlan, StepResult, Submit
 from ..common.model_info import ModelInfo
-from .intake import Malformed
-from .intake import request as read
+from . import intake
+from .deadlines import Deadlines
+from .disk_index import DiskIndex
 from .quotas import Quotas
 from .recorder import Recorder
 from .request import Request
@@ -20,7 +24,9 @@ WHY_REJECTED = {
     "too_long": "the request can never fit the context or the KV cache",
     "overloaded": "too many requests are waiting",
 }
-LONGEST_WAIT_S = 3600.0  # a client that claims more has a broken clock
+TIME_OVER = "the request's timeout is over"
+NO_PLACE = "the request has not begun within its max_queue_time"
+HOPELESS = 2.0  # times its max_queue_time that a request would have to wait, to be refused at once
 AUDITED_AT_ONCE = 4096  # blocks: two milliseconds, in which nothing else is done
 
 
@@ -37,7 +43,25 @@ class Serving:
         self._dispatched_at: deque[float] = deque()
         self._quotas = Quotas()
         self._turnover = Turnover()
+        self._timeouts = Deadlines()
+        self._places = Deadlines()  # of those that had no place in a step so far
+        self._queued: Counter[tuple[str, int]] = Counter()  # those that had none, by tenant and priority
+        self._index: DiskIndex | None = None
         self._audited = 0  # blocks looked at since something was under way
+
+    def served_by(self, restoring_takes: tuple[float, float], index: DiskIndex | None) -> None:
+        """A worker group is complete; nothing is under way. `index` is of its files, if they are others than before."""
+        self.scheduler.kv.restoring_takes(*restoring_takes)
+        if index is not None:
+            self._index = index
+            self.scheduler.kv.recall(index.content.values())
+            log.info("%d blocks of KV were found on disk", len(index.content))
+
+    def close(self) -> None:
+        """Have the disk's index closed in good order."""
+        if self._index is not None:
+            self._index.close()
+            self._index = None
 
     @property
     def num_requests(self) -> int:
@@ -46,21 +70,18 @@ class Serving:
     def submit(self, client: bytes, submit: Submit, now: float) -> None:
         """Queue it, or answer with why not. A known id replaces what was there: the client lost the thread."""
         self.abort(client, [submit.id], now)
+        arrived_at = intake.arrived_at(submit, now)
         try:
-            waited_s = min(max(0.0, submit.waited_s), LONGEST_WAIT_S)  # in this order NaN is 0
-            request = read(submit, client, self._model.vocab_size, now - waited_s)
-        except Malformed as error:
+            request = intake.request(submit, client, self._model.vocab_size, arrived_at)
+        except intake.Malformed as error:
             self._reject(client, submit.id, "malformed", str(error))
             return
-        if reason := self.scheduler.rejection(request):
-            wait_s = self._turnover.wait_s(len(self.scheduler.waiting), now) if reason == "overloaded" else 0.0
-            self._reject(client, submit.id, reason, WHY_REJECTED[reason], wait_s)
+        ends_at, begins_by = intake.ends_at(submit, arrived_at), intake.begins_by(submit, arrived_at)
+        if ends_at <= now:
+            self._recorder.timed_out(request)
+            self._outbox[client].append(Output(submit.id, request.num_output, [], "timeout", 0, TIME_OVER))
             return
-        if request.strikes or request.num_output:  # accepted before, and charged
-            self._recorder.resumed(1)
-            self._recorder.quarantined(request.suspect)
-        elif refusal := self._quotas.admit(request.tenant, request.quota, request.num_prompt, now):
-            self._reject(client, submit.id, "rate_limited", refusal.why, refusal.retry_after_s)
+        if self._refused(request, submit, begins_by, now):
             return
         if self.scheduler.idle:
             self._turnover.begins(now)
@@ -70,6 +91,33 @@ class Serving:
             self._outbox[client].append(output)
             return
         self._requests.setdefault(client, {})[request.id] = request
+        self._queued[request.tenant, request.priority] += 1
+        if ends_at < inf:
+            self._timeouts.set(request, ends_at)
+        if begins_by < inf:
+            self._places.set(request, begins_by)
+
+    def _refused(self, request: Request, submit: Submit, begins_by: float, now: float) -> bool:
+        """Whether it cannot be taken; its client is then told why, and when to come again."""
+        turnover = self._turnover
+        if reason := self.scheduler.rejection(request):
+            wait_s = turnover.turn_s(now) if reason == "overloaded" else 0.0
+            self._reject(request.client, request.id, reason, WHY_REJECTED[reason], wait_s)
+            return True
+        if request.strikes or request.num_output:  # accepted before, and charged
+            self._recorder.resumed(1)
+            self._recorder.quarantined(request.suspect)
+            return False
+        # Those before it in any order there is. Even if the whole queue were theirs, it would wait for so long.
+        queue_s = turnover.drain_s(self._queued[request.tenant, request.priority], now)
+        if begins_by <= now or (queue_s is not None and queue_s > HOPELESS * (begins_by - now)):
+            wait_s = turnover.shorter_s(len(self.scheduler.waiting), submit.max_queue_s, now)
+            self._reject(request.client, request.id, "expired", NO_PLACE, wait_s)
+            return True
+        if refusal := self._quotas.admit(request.tenant, request.quota, request.num_prompt, now):
+            self._reject(request.client, request.id, "rate_limited", refusal.why, refusal.retry_after_s)
+            return True
+        return False
 
     def abort(self, client: bytes, ids: Iterable[int], now: float) -> None:
         """Unknown ids are ignored: an abort crosses the end of its request all the time."""
@@ -88,15 +136,41 @@ class Serving:
 
     def _forget(self, request: Request, now: float) -> None:
         self.scheduler.abort(request)
-        self._turnover.ended(now)
+        self._ended(request, now)
         self._recorder.aborted()
 
+    @property
+    def next_deadline(self) -> float:
+        """When `expire` is to be called at the latest."""
+        return min(self._timeouts.next(), self._places.next())
+
+    def expire(self, now: float) -> None:
+        """End those whose time is over, whether they wait or run."""
+        for request in self._timeouts.due(now):
+            self._recorder.timed_out(request)
+            self._tell(request, self.scheduler.expire(request, TIME_OVER), now)
+        for request in self._places.due(now):
+            wait_s = self._turnover.shorter_s(len(self.scheduler.waiting), now - request.arrived_at, now)
+            self._recorder.timed_out(request)
+            output = self.scheduler.expire(request, NO_PLACE)
+            self._tell(request, msgspec.structs.replace(output, rejection="expired", retry_after_s=wait_s), now)
+
     def plan(self, now: float) -> StepPlan | None:
-        """The next plan to send, if another may be in flight and there is work."""
-        if len(self.scheduler.dispatched) >= self._depth or (step := self.scheduler.schedule()) is None:
+        """The next plan to send, if another may be in flight and there is work. Nothing is spent on those whose time is
+        over."""
+        self.expire(now)
+        if len(self.scheduler.dispatched) >= self._depth:
+            return None
+        step = self.scheduler.schedule()
+        self._turnover.moved(now, len(step.admitted) if step else 0, left=len(self.scheduler.waiting))
+        if step is None:
             return None
         self._dispatched_at.append(now)
+        if self._index is not None:
+            self._index.writing(step.written)
         self._recorder.dispatched(step, now)
+        for request in step.admitted:
+            self._begun(request)
         return step.plan
 
     def expected_step(self) -> int | None:
@@ -106,11 +180,14 @@ class Serving:
 
     def result(self, result: StepResult, now: float) -> None:
         """Take the result of `expected_step`."""
+        written = self.scheduler.dispatched[0].written
         news = self.scheduler.update(result)
+        if self._index is not None:
+            self._index.done(written)
         self._recorder.answered(news, now - self._dispatched_at.popleft(), now)
         for request, output in news:
-            if request.quota.tokens and output.tokens:
-                self._quotas.charge(request.tenant, request.quota, len(output.tokens), now)
+            if request.quota.tokens and (num_tokens := output.num_tokens):
+                self._quotas.charge(request.tenant, request.quota, num_tokens, now)
             self._tell(request, output, now)
 
     def fault(self, fault: RequestFault, now: float) -> None:
@@ -133,6 +210,8 @@ class Serving:
             self._recorder.quarantined(len(scheduler.blame()))
         self._dispatched_at.clear()
         self._audited = 0
+        if self._index is not None:
+            self._index.lost()
         num_running = len(scheduler.running)
         failed = scheduler.regroup(epoch)
         self._recorder.resumed(num_running - len(failed))
@@ -158,8 +237,22 @@ class Serving:
     def _tell(self, request: Request, output: Output, now: float) -> None:
         self._outbox[request.client].append(output)
         if output.finish is not None:
-            self._turnover.ended(now)
+            self._ended(request, now)
             del self._requests[request.client][request.id]
+
+    def _begun(self, request: Request) -> None:
+        """It needs no first place any more."""
+        self._places.drop(request)
+        queue = request.tenant, request.priority
+        self._queued[queue] -= 1
+        if not self._queued[queue]:
+            del self._queued[queue]
+
+    def _ended(self, request: Request, now: float) -> None:
+        self._turnover.ended(now)
+        self._timeouts.drop(request)
+        if request.num_cached is None:
+            self._begun(request)
 
     def _reject(self, client: bytes, id: int, reason: str, why: str, retry_after_s: float = 0.0) -> None:
         self._recorder.rejected(reason)

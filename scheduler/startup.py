@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..common import kv_files
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError
 from ..common.messages import Status, WorkerReady
 from ..common.model_info import ModelInfo
 from .blocks import blocks_for
+from .disk_index import DiskIndex
 from .peers import Worker
 
 
@@ -18,7 +20,7 @@ def phase(workers: Sequence[Worker], num_ranks: int) -> Status:
     loading = [worker for worker in workers if worker.ready is None]
     if loading:
         return _reported("loading", loading, num_ranks)
-    late = [worker for worker in workers if not worker.allocated]
+    late = [worker for worker in workers if worker.allocated is None]
     warm = all(worker.progress is not None and worker.progress.phase == "warming up" for worker in late)
     return _reported("warming up" if warm else "allocating", late, num_ranks)
 
@@ -54,6 +56,20 @@ def num_blocks(ready: Sequence[WorkerReady], config: EngineConfig, max_model_len
             f"the KV cache holds {fitting} tokens, but one context may have {max_model_len}: {shorter}raise {lower}"
         )
     return count
+
+
+def num_saved(ready: Sequence[WorkerReady]) -> tuple[int, int]:
+    """Blocks that every worker can hold in host memory and on disk."""
+    host = min(worker.host_bytes // worker.block_bytes for worker in ready)
+    return max(0, host), max(0, min(worker.disk_bytes // worker.block_bytes for worker in ready))
+
+
+def disk_index(config: EngineConfig, model: ModelInfo, workers: Sequence[Worker], num_blocks: int) -> DiskIndex:
+    """The index of the workers' files, which they have opened. Raises ConfigError when it cannot be used."""
+    ids = [worker.allocated.disk_id for worker in workers if worker.allocated is not None]
+    dtype = next(worker.ready.dtype for worker in workers if worker.ready is not None)
+    file = kv_files.folder(config, model, dtype) / "index"
+    return DiskIndex(file, ids, num_blocks, config.cache.block_size)
 
 
 def rendezvous(config: EngineConfig, run_dir: Path, epoch: int) -> str:

@@ -3,8 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..common.messages import Admitted, StepPlan, StepResult, unpack
+from ..common.messages import Admitted, StepPlan, StepResult, pack, unpack
+from .beams import Candidates, candidates_of
+from .fairness import charge_prompt
+from .pace import Load, chunk_pairs
 from .request import Request
+from .tiers import Written
 
 
 @dataclass(slots=True)
@@ -14,9 +18,18 @@ class Step:
     plan: StepPlan
     requests: list[Request]
     sampled: list[Request]  # those of `requests` that get a token
-    num_tokens: int
     admitted: list[Request]  # those that got their first row
     num_preempted: int  # since the step before
+    written: list[Written]  # what it changes on disk
+    load: Load
+
+    @property
+    def num_tokens(self) -> int:
+        return self.load.rows + self.load.tokens
+
+    def request_of(self, row: int) -> Request | None:
+        rows = unpack(self.plan.rows)
+        return self.requests[rows.index(row)] if row in rows else None
 
     @property
     def alone(self) -> bool:
@@ -29,6 +42,10 @@ class Draft:
     """A plan in the making."""
 
     budget: int  # tokens left
+    rows: int = 0  # these four as in `Load`
+    context: int = 0
+    tokens: int = 0
+    pairs: float = 0.0
     requests: list[Request] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
@@ -37,6 +54,73 @@ class Draft:
     admitted: list[Admitted] = field(default_factory=list)
     first: list[Request] = field(default_factory=list)
     new_blocks: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    def decode(self, requests: list[Request], context: int) -> None:
+        """One token of each of these, which have grown and sample. They come first; `context` is what is before it."""
+        num = len(requests)
+        self.requests, self.sampled = requests, requests[:]
+        self.counts, self.samples = [1] * num, [1] * num
+        self.budget -= num
+        self.rows, self.context = num, context
+
+    def chunk(self, request: Request, count: int) -> None:
+        """`count` tokens of a running request, for which it has blocks. At the last that is known it samples."""
+        known, start = len(request.tokens), request.computed
+        request.computed += count
+        charge_prompt(request)
+        samples = request.computed == known + request.inflight
+        if samples:
+            request.inflight += 1
+            self.sampled.append(request)
+        self.samples.append(samples)
+        self.requests.append(request)
+        self.counts.append(count)
+        self.budget -= count
+        if count == 1:
+            self.rows += 1
+            self.context += start
+        else:
+            self.tokens += count
+            self.pairs += chunk_pairs(start, count)
+        if known >= request.publish_at:
+            self.ripe.append(request)
+
+    def chunks(self, requests: Iterable[Request], counts: Iterable[int]) -> None:
+        """As many tokens of each, none of some."""
+        for request, count in zip(requests, counts, strict=True):
+            if count:
+                self.chunk(request, count)
+
+    def plan(self, epoch: int, number: int, released: list[int], copies: bytes) -> StepPlan:
+        return StepPlan(
+            epoch=epoch,
+            step=number,
+            released=released,
+            admitted=self.admitted,
+            new_blocks=self.new_blocks,
+            copies=copies,
+            rows=pack([request.row for request in self.requests]),  # type: ignore[misc]  # those planned have rows
+            starts=pack([request.computed - n for request, n in zip(self.requests, self.counts, strict=True)]),
+            counts=pack(self.counts),
+            samples=bytes(self.samples),
+        )
+
+    @property
+    def load(self) -> Load:
+        return Load(self.rows, self.context, self.tokens, self.pairs)
+
+
+def admission(request: Request) -> Admitted:
+    """What the workers are told of a request that has been given a row."""
+    blocks = [request.blocks[-1]] * request.retired + request.blocks[request.retired :]  # nobody sees those
+    return Admitted(request.row or 0, request.tokens.tobytes(), request.num_prompt, request.sampling, blocks)
+
+
+def best_of(result: StepResult, sampled: list[Request]) -> dict[Request, Candidates]:
+    """The likeliest tokens for each request that asked for them; empty where the result makes no sense."""
+    asked = [request for request in sampled if request.group is not None]
+    counts = [request.sampling.num_candidates for request in asked]
+    return dict(zip(asked, candidates_of(result.best_ids, result.best_logprobs, counts), strict=True))
 
 
 def tokens_of(result: StepResult, num_rows: int) -> Iterable[int | None]:

@@ -26,9 +26,6 @@ class Suspects:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def __contains__(self, request: Request) -> bool:
-        return request in self._requests
-
     def note(self, request: Request) -> None:
         """A request that may have brought strikes."""
         if request.suspect:
@@ -59,6 +56,10 @@ class Suspects:
     def running(self) -> Request | None:
         """The one that holds a row: no other is admitted meanwhile."""
         return next((request for request in self._requests if request.row is not None), None)
+
+    def check(self, requests: Iterable[Request]) -> None:
+        """Raises AssertionError unless these are the ones among all that there are."""
+        assert {request for request in requests if request.suspect} == self._requests, "a suspect is gone, or not known"
 
     def convicts(self) -> list[Request]:
         """Those that have one strike too many, by rank."""

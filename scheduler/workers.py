@@ -43,6 +43,8 @@ class WorkerGroup:
         self.rendezvous = startup.rendezvous(config, run_dir, epoch)
         self.num_ranks = config.parallel.tensor_parallel_size
         self.capacity: Capacity | None = None  # decided, though not allocated yet
+        self.num_saved = (0, 0)  # blocks in host memory and on disk, likewise
+        self.window = 0  # of tokens that the model sees; 0: all
         self.served = False  # a group before this one was complete
         self._config, self._info, self._run_dir = config, info, run_dir
         self._peers: dict[bytes, Worker] = {}
@@ -50,7 +52,7 @@ class WorkerGroup:
     def successor(self, epoch: int) -> "WorkerGroup":
         """The group that comes after this one, without members. `epoch` is that of no group before."""
         group = WorkerGroup(self._config, self._info, self._run_dir, max(epoch, self.epoch + 1))
-        group.capacity = self.capacity
+        group.capacity, group.num_saved, group.window = self.capacity, self.num_saved, self.window
         group.served = self.served or self.complete
         return group
 
@@ -68,7 +70,9 @@ class WorkerGroup:
     @property
     def complete(self) -> bool:
         """Whether plans may be sent: every rank is here and has its memory."""
-        return len(self._peers) == self.num_ranks and all(worker.allocated for worker in self._peers.values())
+        return len(self._peers) == self.num_ranks and all(
+            worker.allocated is not None for worker in self._peers.values()
+        )
 
     # --- who belongs to it --------------------------------------------------------------------------------------------
 
@@ -104,6 +108,10 @@ class WorkerGroup:
         """Take a worker in that nothing speaks against. A Hello that is repeated changes nothing."""
         self._peers.setdefault(identity, Worker(hello.rank, hello.name)).heard_at = now
 
+    def name(self, identity: bytes) -> str:
+        worker = self._peers.get(identity)
+        return worker.name if worker is not None else "a stranger"
+
     def heard(self, identity: bytes, now: float) -> Worker | None:
         """Note a sign of life; None from one that is no member."""
         worker = self._peers.get(identity)
@@ -127,12 +135,20 @@ class WorkerGroup:
         max_model_len = self._info.max_model_len
         count = startup.num_blocks(reports, self._config, max_model_len)
         block_size = self._config.cache.block_size
+        self.num_saved = startup.num_saved(reports)
+        self.window = reports[0].window
         self.capacity = Capacity(count, block_size, max_model_len, self._config.scheduler.max_num_seqs)
         return list(self._peers)
 
     def allocate(self) -> Allocate:
         assert self.capacity is not None, "nobody has loaded yet"
-        return Allocate(self.epoch, self.capacity.num_blocks, self.capacity.block_size)
+        return Allocate(self.epoch, self.capacity.num_blocks, self.capacity.block_size, *self.num_saved)
+
+    @property
+    def restoring_takes(self) -> tuple[float, float]:
+        """Seconds that the slowest member needs to copy a block to its device, from the host and from disk."""
+        reports = [worker.allocated for worker in self._peers.values() if worker.allocated is not None]
+        return max(r.host_block_s for r in reports), max(r.disk_block_s for r in reports)
 
     def status(self, now: float) -> Status:
         """What frontends and observers are to know."""

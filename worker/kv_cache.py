@@ -23,6 +23,12 @@ def block_bytes(kv_shape: tuple[int, int, int], block_size: int, dtype: torch.dt
     return 2 * math.prod(kv_shape) * block_size * dtype.itemsize
 
 
+def block_shape(kv_shape: tuple[int, int, int], block_size: int) -> torch.Size:
+    """Of one block of all layers; `kv_shape` is (layers, kv_heads, head_dim)."""
+    num_layers, num_heads, head_dim = kv_shape
+    return torch.Size((num_layers, 2, num_heads, block_size, head_dim))
+
+
 def available_bytes(config: CacheConfig, device: torch.device, *, num_ranks: int, peak_bytes: Callable[[], int]) -> int:
     """Bytes that this worker may use for KV, its weights being loaded.
 
@@ -47,8 +53,7 @@ def allocate(
 
     Its content is undefined: what nobody wrote, nobody sees. A CPU's pages are thus taken as they are first used.
     """
-    num_layers, num_heads, head_dim = kv_shape
-    shape = (num_blocks + 1, num_layers, 2, num_heads, block_size, head_dim)
+    shape = (num_blocks + 1, *block_shape(kv_shape, block_size))
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     except (torch.OutOfMemoryError, RuntimeError) as error:

@@ -24,6 +24,7 @@ class Columns:
     starts: Ints
     counts: Ints
     samples: Flags
+    copies: Ints  # [n, 2]: blocks, from and to
 
     @property
     def ends(self) -> Ints:
@@ -32,9 +33,12 @@ class Columns:
 
 def read_columns(plan: StepPlan, num_rows: int) -> Columns:
     """Raises PlanError unless the columns are equally long, their rows distinct and in range, and nothing is negative.
-    Whether a row holds what the plan reads of it is `Rows.check`'s to say."""
+    Whether a row holds what the plan reads of it is `Rows.check`'s to say, whether there is a block the store's."""
     if any(len(column) % 4 for column in (plan.rows, plan.starts, plan.counts)):
         raise PlanError(f"step {plan.step}: a column is not a whole number of int32")
+    if len(plan.copies) % 8:
+        raise PlanError(f"step {plan.step}: the copies are not pairs of int32")
+    copies = np.frombuffer(plan.copies, dtype="<i4").astype(np.int64).reshape(-1, 2)
     rows, starts, counts = (
         np.frombuffer(column, dtype="<i4").astype(np.int64) for column in (plan.rows, plan.starts, plan.counts)
     )
@@ -50,4 +54,4 @@ def read_columns(plan: StepPlan, num_rows: int) -> Columns:
         raise PlanError(f"step {plan.step}: starts must be >= 0 and counts >= 1")
     if samples.max(initial=0) > 1:
         raise PlanError(f"step {plan.step}: samples must be 0 or 1")
-    return Columns(rows, starts, counts, samples.astype(np.bool_))
+    return Columns(rows, starts, counts, samples.astype(np.bool_), copies)

@@ -13,10 +13,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import zmq
 
+from ..common import kv_files
 from ..common.channel import Event, Link, Lost, wires
 from ..common.curve import PeerKeys
 from ..common.errors import EXIT_CONFIG, EXIT_FATAL, ConfigError
@@ -46,6 +48,7 @@ from ..common.process import on_termination
 from . import failures, kv_cache
 from .decoder import Decoder
 from .failures import OutOfMemory, StepFailed
+from .kv_store import KvFile, host_bytes
 from .loading import load_decoder, pick_device, set_threads
 from .parallel import MEETING_S, Group, PeerLost
 from .plan import PlanError
@@ -80,6 +83,8 @@ def main(*, scheduler: str, rank: int, device: str | None, supervised: bool, key
         return EXIT_FATAL
     finally:
         worker.group.close()
+        if worker.file:
+            worker.file.close()
         link.close()  # what was sent still goes out, for a second at most
         context.term()
 
@@ -87,6 +92,16 @@ def main(*, scheduler: str, rank: int, device: str | None, supervised: bool, key
 def _text(error: Exception) -> str:
     """As it can cross the wire: a path that is not UTF-8 may be in it."""
     return str(error).encode(errors="replace").decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step whose result is still to be told. Times are seconds of this process."""
+
+    plan: StepPlan
+    pending: Pending
+    began_at: float
+    done_at: float | None  # None: not yet, when the launch returned
 
 
 class CalledAway(Exception):
@@ -109,7 +124,9 @@ class Worker:
         self.decoder: Decoder | None = None
         self.runner: Runner | None = None
         self.group = Group()
-        self.launched: deque[tuple[StepPlan, Pending]] = deque()  # not answered yet; of rank 0 alone
+        self.file: KvFile | None = None
+        self.launched: deque[Launched] = deque()  # not answered yet; of rank 0 alone
+        self.done_at = 0.0  # when the last step was, that was answered
         self.ending: Shutdown | Refused | None = None  # heard while the ranks met
         self.beat_at = 0.0
 
@@ -132,7 +149,7 @@ class Worker:
     def _converse(self) -> int:
         while True:
             self._beat()
-            while self.launched and self.launched[0][1].ready:
+            while self.launched and self.launched[0].pending.ready:
                 self._answer()
             match self._receive():
                 case None if self.launched:
@@ -257,21 +274,37 @@ class Worker:
     def _allocate(self, decoder: Decoder, message: Allocate) -> None:
         assert self.welcome, "a decoder was loaded for somebody"
         self._send(Progress("allocating", 0.0))
-        if self.runner and self.runner.size == (message.num_blocks, message.block_size):
+        config, num_saved = self.welcome.config, message.host_blocks + message.disk_blocks
+        if self.runner and self.runner.size == (
+            message.num_blocks,
+            message.block_size,
+            message.num_blocks + 1 + num_saved,
+        ):
             self.runner.rows.clear()
         else:
             self.runner = None  # before there is another: both may not fit
             self.runner = Runner(
                 decoder,
-                num_rows=self.welcome.config.scheduler.max_num_seqs,
+                num_rows=config.scheduler.max_num_seqs,
                 max_len=self.welcome.model.max_model_len,
                 num_blocks=message.num_blocks,
                 block_size=message.block_size,
+                num_host_blocks=message.host_blocks,
+                file=self._file(self.welcome, decoder, message),
                 between=self._beat,
             )
         self._send(Progress("warming up", 0.0))
         self.runner.warm_up()
-        self._send(Allocated(self.rank))
+        host_s, disk_s = self.runner.store.restoring_takes()
+        self._send(Allocated(self.rank, host_s, disk_s, self.file.id if self.file else ""))
+
+    def _file(self, welcome: Welcome, decoder: Decoder, message: Allocate) -> KvFile | None:
+        """Where KV is kept on disk, if it is. Stays open."""
+        if message.disk_blocks and self.file is None:
+            folder = kv_files.folder(welcome.config, welcome.model, str(decoder.dtype).removeprefix("torch."))
+            block = kv_cache.block_shape(decoder.kv_shape, message.block_size)
+            self.file = KvFile(folder, self.rank, message.disk_blocks, block, decoder.dtype)
+        return self.file
 
     def _launch(self, runner: Runner, plan: StepPlan) -> None:
         """Replay the next plan. One that comes again is dropped."""
@@ -281,21 +314,26 @@ class Worker:
         with failures.step():
             if self.step is not None and plan.step != self.step + 1:
                 raise PlanError(f"step {plan.step} came behind step {self.step}")
+            began = time.perf_counter()
             pending = runner.launch(plan)
         self.step = plan.step
         if self.rank == 0:
-            self.launched.append((plan, pending))
+            self.launched.append(Launched(plan, pending, began, time.perf_counter() if pending.ready else None))
 
     def _answer(self) -> None:
         """The oldest step that was launched."""
-        plan, pending = self.launched.popleft()
+        launched = self.launched.popleft()
+        plan = launched.plan
         with failures.step():
-            output = pending.read()
+            output = launched.pending.read()
+        done_at = launched.done_at or time.perf_counter()
+        took_us = int(1e6 * (done_at - max(launched.began_at, self.done_at)))
+        self.done_at = done_at
         for row, why in output.faults:
             self._send(RequestFault(plan.epoch, plan.step, row, why))
         counts = pack(int(token is not None) for token in output.tokens)
         tokens = pack(token for token in output.tokens if token is not None)
-        self._send(StepResult(plan.epoch, plan.step, counts, tokens))
+        self._send(StepResult(plan.epoch, plan.step, counts, tokens, took_us))
 
 
 def _measured(welcome: Welcome, rank: int, decoder: Decoder, between: Callable[[], None]) -> WorkerReady:
@@ -320,6 +358,9 @@ def _measured(welcome: Welcome, rank: int, decoder: Decoder, between: Callable[[
         dtype=str(decoder.dtype).removeprefix("torch."),
         block_bytes=kv_cache.block_bytes(decoder.kv_shape, config.cache.block_size, decoder.dtype),
         available_bytes=available,
+        host_bytes=host_bytes(config.cache, decoder.device, num_ranks=config.parallel.tensor_parallel_size),
+        window=max(window or 0 for window in windows) if all(windows := decoder.spec.windows) else 0,
+        disk_bytes=int(config.cache.kv_disk_space * 2**30) if config.cache.kv_disk else 0,
     )
 
 

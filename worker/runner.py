@@ -16,6 +16,7 @@ from ..common.sampling import SamplingParams
 from . import kv_cache
 from .batch import Batch, build_batch
 from .decoder import Decoder
+from .kv_store import KvFile, KvStore, host_blocks
 from .plan import Columns, Ints, read_columns
 from .rows import Rows
 
@@ -54,7 +55,8 @@ class Pending:
 class Runner:
     """A decoder with KV memory of `num_blocks` blocks, besides the null block, and `num_rows` rows of `max_len` tokens.
 
-    `between` is called before each layer of each step. Raises ConfigError when memory does not hold them.
+    `num_host_blocks` more are in host memory, and those of `file` on disk. `between` is called before each layer of each
+    step. Raises ConfigError when memory does not hold them.
     """
 
     def __init__(
@@ -65,12 +67,16 @@ class Runner:
         max_len: int,
         num_blocks: int,
         block_size: int,
+        num_host_blocks: int = 0,
+        file: KvFile | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> None:
         self.decoder = decoder
         self.between = between
         self.group = decoder.group
         self.cache = kv_cache.allocate(num_blocks, decoder.kv_shape, block_size, decoder.dtype, decoder.device)
+        host = host_blocks(num_host_blocks, self.cache.shape[1:], decoder.dtype, decoder.device)
+        self.store = KvStore(self.cache, host, file.blocks if file else host[:0])
         self.rows = Rows(
             num_rows=num_rows,
             max_len=max_len,
@@ -81,9 +87,9 @@ class Runner:
         )
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Usable blocks, and tokens in each."""
-        return self.rows.num_blocks, self.rows.block_size
+    def size(self) -> tuple[int, int, int]:
+        """Usable blocks, tokens in each, and blocks in all places, the null block included."""
+        return self.rows.num_blocks, self.rows.block_size, self.store.num_blocks
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int = 1) -> None:
@@ -95,6 +101,7 @@ class Runner:
             starts=np.zeros(len(counts), dtype=np.int64),
             counts=np.array(counts),
             samples=np.ones(len(counts), dtype=np.bool_),
+            copies=np.zeros((0, 2), dtype=np.int64),
         )
         batch = self._batch(columns)
         self.decoder.head(self.decoder.forward(batch, self.cache, self.between)[batch.last_s])
@@ -117,6 +124,8 @@ class Runner:
         self.rows.apply(plan)
         columns = read_columns(plan, self.rows.num_rows)
         self.rows.check(plan, columns)
+        self.store.check(plan, columns)
+        self.store.copy(columns.copies)
         rows = columns.rows[columns.samples]
         ids, faulty = self._run(columns, rows) if len(columns.rows) else _nothing()
         return Pending(rows, ids, faulty, _event(self.decoder.device))

@@ -11,12 +11,15 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from ...common.messages import MAX_TIMEOUT_S
 from ...common.model_info import ENDLESS
 from ...common.sampling import MAX_STOP_STRINGS, MAX_TOKEN_IDS, SamplingParams
 
 MAX_SALT = 1024
 MAX_NAME = 256
 MAX_ITEMS = 4096  # messages, and parts of one
+
+Seconds = Annotated[float, Field(gt=0.0, le=MAX_TIMEOUT_S, allow_inf_nan=False)]
 
 _ID_SCHEMA = {"type": "integer", "minimum": 0}
 PROMPT_SCHEMA = {
@@ -92,6 +95,8 @@ class GenerationRequest(Body):
     user: str | None = Field(default=None, max_length=MAX_NAME)
     priority: int = Field(default=0, ge=-(2**63), lt=2**63)
     cache_salt: str | None = Field(default=None, max_length=MAX_SALT)
+    timeout: Seconds | None = None
+    max_queue_time: Seconds | None = None
 
 
 class CompletionRequest(GenerationRequest):

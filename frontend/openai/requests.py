@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import pydantic
 from starlette.requests import Request
 
+from ...common.config import ServerConfig
 from ...common.errors import RequestError
 from ...common.sampling import SamplingParams, check
 from .. import messages
@@ -42,6 +43,7 @@ async def _parsed(request: Request, understand: Callable[[dict[str, Any]], T]) -
     async for piece in request.stream():
         census.add(piece)
         content += piece
+    request.scope["state"]["arrived_at"] = time.monotonic()
     if len(content) < LARGE_BYTES:
         return understand(decode(content, census))
     async with request.app.state.large_bodies:  # one at a time, so that the event loop waits for one at most
@@ -81,17 +83,25 @@ def sampling_of(
 
 
 def routing_of(request: Request, body: GenerationRequest) -> Routing:
-    """Keys do not share prefixes: a hit would tell one what another has asked."""
+    """With a key, that is the tenant, whatever `user` says; without keys `user` divides what there is."""
     state = request.scope["state"]
     principal: str = state["principal"]
-    salt = body.cache_salt or ""
+    options: ServerConfig = request.app.state.service.client.config.server
     return Routing(
-        arrival=time.monotonic(),
+        arrival=state["arrived_at"],
         priority=body.priority,
         tenant=principal or body.user or "",
-        salt=f"{principal}:{salt}" if principal else salt,
+        salt=wire_salt(principal, body.cache_salt or ""),
         quota=state["quota"],
+        timeout_s=body.timeout or options.request_timeout or 0.0,
+        max_queue_s=body.max_queue_time or options.max_queue_time or 0.0,
     )
+
+
+def wire_salt(principal: str, salt: str) -> str:
+    """Equal for equal pairs alone, since no principal holds a colon. Keys do not share prefixes: a hit would tell one
+    what another has asked."""
+    return f"{principal}:{salt}" if principal or salt else ""
 
 
 def messages_of(body: ChatInput) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ def body(i: int) -> dict[str, object]:
     return {"model": "demo", "prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
 
 
-async def ask_all(url: str) -> list[str]:
+async def ask_all(url: str, clients: int = CLIENTS) -> list[str]:
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=CLIENTS)) as http:
 
         async def ask(i: int) -> str:
@@ -30,7 +30,7 @@ async def ask_all(url: str) -> list[str]:
             text: str = answer.json()["choices"][0]["text"]
             return text
 
-        return await asyncio.gather(*(ask(i) for i in range(CLIENTS)))
+        return await asyncio.gather(*(ask(i) for i in range(clients)))
 
 
 def test_64_clients_on_64_blocks_get_what_each_gets_alone(crowded: Server) -> None:

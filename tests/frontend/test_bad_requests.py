@@ -38,6 +38,8 @@ SAMPLING: list[tuple[str, list[Any]]] = [
     ("stream", ["yes", 1]),
     ("priority", [2**63, "high", 1.5]),
     ("cache_salt", ["x" * 1025, 5]),
+    ("timeout", [0, -1, 86401, 1e300, 10**400, "5", True, [5]]),
+    ("max_queue_time", [0, -0.5, 86401, "5", {}]),
     ("user", ["x" * 257, 5]),
     ("stream_options", ["yes", {"include_usage": 1}, {"include_usage": True}]),  # the last one without stream
 ]  # fmt: skip

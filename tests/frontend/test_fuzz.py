@@ -126,7 +126,7 @@ messages = st.lists(
 NAMES = [
     *("model", "n", "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"),
-    *("stream", "stream_options", "user", "priority", "cache_salt", "echo", "add_special_tokens", "add_generation_prompt"),
+    *("stream", "stream_options", "user", "priority", "cache_salt", "timeout", "max_queue_time", "echo", "add_special_tokens", "add_generation_prompt"),
     *("continue_final_message", "chat_template_kwargs", "max_completion_tokens", "return_token_strs", "tools", "logprobs", "best_of", "metadata"),
 ]  # fmt: skip
 FITTING: dict[str, Any] = {

@@ -17,7 +17,7 @@ GOOD = f"""
 - name: alice
   key: "plain key"
 - {{name: batch.jobs@eu-1, key: "{HASHED}", scopes: [admin, inference], requests_per_minute: 60, tokens_per_minute: 9_000}}
-- {{name: prometheus, key: 'prométheus', scopes: [admin], tokens_per_minute: null}}
+- {{name: prometheus, key: 'prométheus', scopes: [admin], tokens_per_minute: null, weight: 2}}
 """
 
 
@@ -37,7 +37,7 @@ def test_what_a_file_may_say(file: Path) -> None:
     assert keys == (
         ApiKey(digest(b"plain key"), "alice", ("inference",), Quota()),
         ApiKey(HASHED, "batch.jobs@eu-1", ("inference", "admin"), Quota(60, 9000)),
-        ApiKey(digest("prométheus".encode()), "prometheus", ("admin",), Quota()),
+        ApiKey(digest("prométheus".encode()), "prometheus", ("admin",), Quota(weight=2.0)),
     )
     assert "plain key" not in repr(keys)
     sent = {b"plain key": "alice", b"a-hashed-key": "batch.jobs@eu-1", "prométheus".encode(): "prometheus"}
@@ -72,6 +72,9 @@ MISTAKES = [
     ('- {name: alice, key: "a\\nb"}', r"\(alice\): key"),
     ("- {name: alice, key: 'sha256:abc'}", "64 hexadecimal"),
     (f"- {{name: alice, key: '{HASHED.upper().replace('SHA', 'sha')}'}}", "64 hexadecimal.*small"),
+    (f"- {ALICE}, weight: 0}}", "weight: expected a number from 0.01 to 100, got 0"),
+    (f"- {ALICE}, weight: .nan}}", "weight: expected a number"),
+    (f"- {ALICE}, weight: true}}", "weight: expected a number"),
     (f"- {ALICE}, scopes: admin}}", "expected a list of inference and admin, got 'admin'"),
     (f"- {ALICE}, scopes: []}}", "expected a list"),
     (f"- {ALICE}, scopes: [read]}}", r"got \['read'\]"),

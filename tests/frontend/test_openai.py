@@ -165,6 +165,8 @@ def test_parameters_reach_the_engine(client: OpenAI, engine: FakeScheduler) -> N
         "stop_token_ids": [9],
         "priority": -3,
         "cache_salt": "s",
+        "timeout": 60,
+        "max_queue_time": 2.5,
     }
     client.completions.create(
         model="tiny", prompt=PROMPT, max_tokens=3, temperature=0, top_p=0.5, presence_penalty=0.25, frequency_penalty=-0.5,
@@ -172,7 +174,8 @@ def test_parameters_reach_the_engine(client: OpenAI, engine: FakeScheduler) -> N
     )  # fmt: skip
     submit = engine.submits[0]
     sampling = submit.sampling
-    assert (submit.priority, submit.tenant, submit.salt) == (-3, "me", "s") and 0 <= submit.waited_s < 5
+    assert (submit.priority, submit.tenant, submit.salt) == (-3, "me", ":s") and 0 <= submit.waited_s < 5
+    assert (submit.timeout_s, submit.max_queue_s) == (60.0, 2.5)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0, 0.5, 7, 0.1)
     assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.1, 0.25, -0.5)
     assert (sampling.logit_bias, sampling.seed, sampling.min_tokens, sampling.max_tokens) == ({11: 5.0}, 8, 2, 3)

@@ -15,7 +15,7 @@ from quire.common.sampling import SamplingParams
 from quire.frontend.engine_client import num_held
 from quire.frontend.sequences import MAX_ATTEMPTS, SUSPECT_ATTEMPTS, Sequences
 from quire.frontend.streams import Routing, TokenStream
-from quire.scheduler.scheduler import num_queueable
+from quire.scheduler.limits import num_queueable
 
 LENGTH = 12
 NOW = 1000.0

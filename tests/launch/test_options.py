@@ -50,6 +50,11 @@ WITHIN = {
     "gpu_memory_utilization": st.floats(0.0, 1.0, exclude_min=True),
     "drain_timeout": st.floats(0.0, 1e6) | st.just(float("inf")),
     "stall_timeout": st.floats(1.0, 1e6),
+    "request_timeout": st.floats(0.0, 86400.0, exclude_min=True),
+    "max_queue_time": st.floats(0.0, 86400.0, exclude_min=True),
+    "swap_space": st.floats(0.0, 65536.0),
+    "kv_disk_space": st.floats(0.0, 65536.0, exclude_min=True),
+    "target_itl": st.floats(0.0, 60000.0),
 }
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
 

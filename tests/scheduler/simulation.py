@@ -7,12 +7,15 @@ however it came about, is an AssertionError.
 import random
 from array import array
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from quire.common.channel import Codec, encode
 from quire.common.config import CacheConfig, SchedulerConfig
-from quire.common.messages import StepPlan, StepResult, pack, unpack
+from quire.common.messages import Output, StepPlan, StepResult, pack, unpack
 from quire.common.sampling import SamplingParams
+from quire.scheduler.beams import single
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.step import Step
@@ -30,6 +33,7 @@ class Row:
     blocks: list[int]
     prefixes: list[int] = field(default_factory=list)  # hash of tokens [0, p] for each p
     computed: int | None = None  # KV so far; None before the first chunk, which may begin behind a cached prefix
+    num_candidates: int = 0
 
     def prefix(self, position: int) -> int:
         while len(self.prefixes) <= position:
@@ -43,21 +47,37 @@ def sample(prefix: int) -> int:
     return hash((prefix, 7)) % VOCABULARY
 
 
+def likeliest(prefix: int, count: int) -> list[tuple[int, float]]:
+    """What may follow a prefix, with made-up log-probabilities; `sample` comes first."""
+    rng = random.Random(prefix)
+    tokens = rng.sample([token for token in range(VOCABULARY) if token != sample(prefix)], count - 1)
+    return list(
+        zip([sample(prefix), *tokens], sorted((-rng.random() * 4 for _ in range(count)), reverse=True), strict=True)
+    )
+
+
 class Device:
     """A worker that holds the contract of `StepPlan` against whoever wrote the plan."""
 
-    def __init__(self, num_blocks: int, block_size: int, num_rows: int, budget: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, num_rows: int, budget: int, num_host: int = 0, num_disk: int = 0
+    ) -> None:
         self.num_blocks, self.block_size, self.num_rows, self.budget = num_blocks, block_size, num_rows, budget
         self.kv: dict[int, list[int | None]] = {}
         self.rows: dict[int, Row] = {}
         self.step = 0
         self.epoch = 1
         self.num_cached_reads = 0
+        self.window = 0  # tokens that it sees; 0: all
+        self.timed = False  # whether it says how long a step took
+        self.num_in_memory = num_blocks + num_host
+        self.num_copyable = self.num_in_memory + num_disk
+        self.num_copies = 0
         self._codec: Codec[StepPlan] = Codec(StepPlan)
 
     def forget(self, epoch: int) -> None:
-        """What another group begins with: nothing."""
-        self.kv.clear()
+        """What another group begins with: nothing but what is on disk."""
+        self.kv = {block: kv for block, kv in self.kv.items() if block > self.num_in_memory}
         self.rows.clear()
         self.step, self.epoch = 0, epoch
 
@@ -73,12 +93,20 @@ class Device:
             assert 0 <= admitted.row < self.num_rows and admitted.row not in self.rows, "row is taken"
             tokens = unpack(admitted.tokens)
             limit = min(admitted.num_prompt + (admitted.sampling.max_tokens or 0), MAX_MODEL_LEN)
-            self.rows[admitted.row] = Row(tokens, limit, list(admitted.blocks))
+            row = Row(tokens, limit, list(admitted.blocks), num_candidates=admitted.sampling.num_candidates)
+            self.rows[admitted.row] = row
         for row, blocks in plan.new_blocks:
             self.rows[row].blocks += blocks
+        copies = unpack(plan.copies)
+        for source, target in zip(copies[::2], copies[1::2], strict=True):
+            assert 1 <= source <= self.num_copyable and 1 <= target <= self.num_copyable and source != target
+            assert source in self.kv, "a copy of what was never written"
+            self.kv[target] = list(self.kv[source])
+            self.num_copies += 1
         for row in self.rows.values():
             assert all(1 <= block <= self.num_blocks for block in row.blocks), "no such block, or the null block"
-            assert len(set(row.blocks)) == len(row.blocks), "a block twice in one table"
+            seen = row.blocks[max(0, (row.computed or 0) + 1 - self.window) // self.block_size if self.window else 0 :]
+            assert row.computed is None or len(set(seen)) == len(seen), "a block twice in one table"
         return self._forward(plan)
 
     def _forward(self, plan: StepPlan) -> StepResult:
@@ -87,8 +115,9 @@ class Device:
         assert min(counts) >= 1 and sum(counts) <= self.budget
         # Reads of earlier KV come before any write of this step: a kernel gives no order between rows.
         for index, start in zip(rows, starts, strict=True):
-            self._read(self.rows[index], start)
-        tokens = []
+            self._read(self.rows[index], start, start)
+        tokens: list[int] = []
+        best: list[tuple[int, float]] = []
         for index, start, count, samples in zip(rows, starts, counts, plan.samples, strict=True):
             row, end = self.rows[index], start + count
             assert end <= len(row.tokens), "a token is computed before it is known"
@@ -98,18 +127,31 @@ class Device:
             row.computed = end
             if samples:
                 assert end == len(row.tokens) < row.limit, "a sample too early or too many"
+                if row.num_candidates:
+                    best += likeliest(row.prefix(end - 1), row.num_candidates)
                 row.tokens.append(sample(row.prefix(end - 1)))
                 tokens.append(row.tokens[-1])
         for index, start, count in zip(rows, starts, counts, strict=True):
-            self._read(self.rows[index], start + count)
-        return StepResult(plan.epoch, plan.step, pack([1] * len(tokens)), pack(tokens))
+            self._read(self.rows[index], start + count, start)
+        took_us = self._took_us(starts, counts)
+        ids, logprobs = pack(id for id, _ in best), array("f", [logprob for _, logprob in best]).tobytes()
+        return StepResult(plan.epoch, plan.step, pack([1] * len(tokens)), pack(tokens), took_us, ids, logprobs)
 
-    def _read(self, row: Row, end: int) -> None:
+    def _took_us(self, starts: list[int], counts: list[int]) -> int:
+        """Like a device's time: a price each for the step, rows, tokens, and what these read; some steps are late."""
+        if not self.timed:
+            return 0
+        reads = sum(count * (start + count) for start, count in zip(starts, counts, strict=True))
+        late = 100 if self.step % 31 == 1 else 1
+        return late * (900 + 20 * len(counts) + 300 * sum(counts) + 5 * reads)
+
+    def _read(self, row: Row, end: int, start: int) -> None:
+        """What queries from `start` on see of the tokens before `end`."""
         if row.computed is None:
             row.computed = end
             self.num_cached_reads += end
         assert row.computed == end, "a gap in the KV, or work done twice"
-        for position in range(end):
+        for position in range(max(0, start + 1 - self.window) if self.window else 0, end):
             block = self.kv.get(row.blocks[position // self.block_size])
             assert block is not None, "KV that was never written"
             assert block[position % self.block_size] == row.prefix(position), "KV of another prefix"
@@ -154,6 +196,7 @@ class Totals:
     preempted: int = 0
     cached: int = 0
     aborted: int = 0
+    expired: int = 0
     resubmitted: int = 0
     faulted: int = 0
     lost: int = 0
@@ -164,16 +207,41 @@ class Totals:
 class Run:
     """Random requests through one scheduler and device. `depth` must not show in any token."""
 
-    def __init__(self, seed: int, depth: int, *, make: type[Scheduler] = Scheduler) -> None:
+    def __init__(self, seed: int, depth: int, *, make: type[Scheduler] = Scheduler, beams: float = 0.0) -> None:
         self.rng = rng = random.Random(seed)
         self.depth = depth
         self.block_size = rng.choice((1, 2, 4, 4, 5))
         num_blocks = -(-MAX_MODEL_LEN // self.block_size) + rng.choice((0, 0, 1, 4, 20))
-        config = SchedulerConfig(max_num_seqs=rng.randint(1, 6), max_num_batched_tokens=rng.randint(1, 24))
+        config = SchedulerConfig(
+            max_num_seqs=rng.randint(1, 6),
+            max_num_batched_tokens=rng.randint(1, 24),
+            target_itl=rng.choice((0.0, 0.001, 4.0, 50.0)),
+        )
         cache = CacheConfig(block_size=self.block_size, enable_prefix_caching=rng.random() < 0.85)
-        self.scheduler = make(config, cache, num_blocks, MAX_MODEL_LEN)
-        self.device = Device(num_blocks, self.block_size, config.max_num_seqs, config.max_num_batched_tokens)
-        self.todo = deque(self._requests())
+        num_host, num_disk = rng.choice((0, 0, 1, 5, 40)), rng.choice((0, 0, 1, 3, 40))
+        if not cache.enable_prefix_caching:  # what is on disk is there to be shared
+            num_disk = 0
+        window = rng.choice((0, 0, 1, 3, 10))
+        self.scheduler = make(
+            config,
+            cache,
+            num_blocks,
+            MAX_MODEL_LEN,
+            num_host_blocks=num_host,
+            num_disk_blocks=num_disk,
+            window=window,
+        )
+        self.scheduler.kv.worth_waiting = rng.choice((1, 3, 100))
+        if rng.random() < 0.5:  # now copying is cheaper, now computing
+            self.scheduler.kv.restoring_takes(rng.choice((1.0, 9.0)), rng.choice((5.0, 20.0)))
+            self.scheduler.kv.prefill_s = lambda start, count: count * 1.0
+        self.device = Device(
+            num_blocks, self.block_size, config.max_num_seqs, config.max_num_batched_tokens, num_host, num_disk
+        )
+        self.device.window = window
+        self.device.timed = rng.random() < 0.7
+        chance = random.Random(seed)
+        self.todo = deque(self._searching(r, chance) if chance.random() < beams else r for r in self._requests())
         self.live: dict[int, Request] = {}
         self.outcomes: dict[int, Outcome] = {}
         self.sent: deque[StepPlan] = deque()
@@ -184,6 +252,7 @@ class Run:
         rng = self.rng
         shared = [rng.randrange(VOCABULARY) for _ in range(20)]
         priorities = rng.choice(((0,), (0, 0, 5), (-1, 0, 1)))
+        weights = rng.choice(({"": 1.0}, {"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 3.0, "c": 0.5}))
         requests: list[Request] = []
         for id in range(rng.randint(1, 14)):
             prompt = shared[: rng.randint(0, 20)] if rng.random() < 0.6 else []
@@ -196,11 +265,42 @@ class Run:
                 stop_token_ids=rng.choice(([], [STOP])),
                 seed=0,
             )
-            requests.append(Request(id, array("i", prompt), len(prompt), sampling, rng.choice(priorities)))
+            tenant = rng.choice(list(weights))
+            requests.append(
+                Request(
+                    id,
+                    array("i", prompt),
+                    len(prompt),
+                    sampling,
+                    rng.choice(priorities),
+                    tenant=tenant,
+                    weight=weights[tenant],
+                )
+            )
         return requests
 
+    def _searching(self, request: Request, rng: random.Random) -> Request:
+        """The same with beams, if they fit."""
+        width = rng.randint(1, 5)
+        sampling = msgspec.structs.replace(
+            request.sampling,
+            beam_width=width,
+            n=rng.randint(1, width),
+            min_tokens=0,
+            length_penalty=rng.choice((-1.0, 0.0, 0.5, 1.0, 2.0)),
+            early_stopping=rng.choice((True, False, "never")),
+        )
+        wide = replace(request, sampling=sampling)
+        return request if self.scheduler.rejection(wide) else wide
+
     def play(
-        self, *, aborts: bool = False, restarts: bool = False, faults: bool = False, losses: Losses = NO_LOSSES
+        self,
+        *,
+        aborts: bool = False,
+        expiries: bool = False,
+        restarts: bool = False,
+        faults: bool = False,
+        losses: Losses = NO_LOSSES,
     ) -> dict[int, Outcome]:
         """Until every request has ended; what happened when is random, and does not depend on `depth` alone."""
         rng, scheduler = self.rng, self.scheduler
@@ -209,6 +309,8 @@ class Run:
                 self._add(self.todo.popleft())
             if aborts and self.live and rng.random() < 0.06:
                 self._abort(rng.choice(list(self.live)))
+            if expiries and self.live and rng.random() < 0.06:
+                self._expire(rng.choice(list(self.live)))
             if restarts and self.live and rng.random() < 0.04:
                 self._resubmit(rng.choice(list(self.live)))
             while len(self.sent) < self.depth and (step := scheduler.schedule()):
@@ -226,11 +328,13 @@ class Run:
                 if faults and rng.random() < 0.04:
                     result = self._break(result)
                 for _, output in scheduler.update(result):
-                    self._collect(output.id, output.first_index, output.tokens, output.finish)
+                    self._collect(output.id, output.first_index, told(output), output.finish)
             scheduler.check()
             self.totals.steps += 1
             assert self.totals.steps < 5000, "no progress"
-        assert not self.live and scheduler.kv.pool.num_free == scheduler.kv.pool.num_blocks, "a request or a block is left"
+        assert not self.live and scheduler.kv.pool.num_free == scheduler.kv.pool.num_blocks, (
+            "a request or a block is left"
+        )
         return self.outcomes
 
     def _add(self, request: Request) -> None:
@@ -238,19 +342,26 @@ class Run:
         self.live[request.id] = request
         self.outcomes.setdefault(request.id, Outcome([]))
         if output := self.scheduler.add(request):
-            self._collect(output.id, output.first_index, output.tokens, output.finish)
+            self._collect(output.id, output.first_index, told(output), output.finish)
 
     def _abort(self, id: int) -> None:
         self.scheduler.abort(self.live.pop(id))
         self.outcomes[id].finish = "abort"
         self.totals.aborted += 1
 
+    def _expire(self, id: int) -> None:
+        request = self.live[id]
+        output = self.scheduler.expire(request, "too late")
+        assert (output.finish, output.error) == ("timeout", "too late")
+        self._collect(id, output.first_index, output.tokens, output.finish)
+        self.totals.expired += 1
+
     def _resubmit(self, id: int) -> None:
         """What a frontend does when its scheduler was restarted: the same request with the output it holds."""
         old = self.live.pop(id)
         self.scheduler.abort(old)
         tokens = old.tokens[: old.num_prompt] + array("i", self.outcomes[id].tokens)
-        self._add(Request(id, tokens, old.num_prompt, old.sampling, old.priority))
+        self._add(Request(id, tokens, old.num_prompt, old.sampling, old.priority, tenant=old.tenant, weight=old.weight))
         self.totals.resubmitted += 1
 
     def _may_be_lost(self) -> bool:
@@ -266,10 +377,13 @@ class Run:
         """The workers are gone, with all they held and whatever was under way."""
         self.totals.lost += 1
         self.scheduler.blame()
+        for plan in self.sent:  # what they write to disk may be there, or not, or by half
+            for target in unpack(plan.copies)[1::2]:
+                self.device.kv[target] = [None] * self.block_size
         self.sent.clear()
         epoch = self.scheduler.epoch + 1
         for _, output in self.scheduler.regroup(epoch):
-            self._collect(output.id, output.first_index, output.tokens, output.finish)
+            self._collect(output.id, output.first_index, told(output), output.finish)
         self.device.forget(epoch)
         assert self.scheduler.kv.pool.num_free == self.scheduler.kv.pool.num_blocks and not self.scheduler.running
         self.scheduler.check()
@@ -300,8 +414,15 @@ class Run:
             del self.live[id]
 
 
+def told(output: Output) -> list[int]:
+    """The tokens of an output; of a search those of all hypotheses, each with its end behind it."""
+    return [*output.tokens, *(token for found in output.hypotheses for token in (*found.tokens, -1))]
+
+
 def expected(request: Request) -> Outcome:
     """What a request's output must be, whoever else runs: the definition, one token after the other."""
+    if request.sampling.beam_width:
+        return _expected_search(request)
     row = Row(list(request.tokens), 0, [])
     limit = min(request.num_prompt + (request.sampling.max_tokens or 0), MAX_MODEL_LEN)
     while True:
@@ -312,3 +433,32 @@ def expected(request: Request) -> Outcome:
             return Outcome(output, "stop")
         if len(row.tokens) >= limit:
             return Outcome(output, "length")
+
+
+def _expected_search(request: Request) -> Outcome:
+    """Every beam by every token at each step, without a thought of what it costs."""
+    params, first = request.sampling, request.num_prompt
+    limit = min(first + (params.max_tokens or 0), MAX_MODEL_LEN)
+    going, done = [(0.0, request.tokens.tolist())], [(-1e9, [], "")] * params.beam_width
+    while True:
+        every = [
+            (single(score + logprob), [*tokens, token])
+            for score, tokens in going
+            for token, logprob in likeliest(Row(tokens, 0, []).prefix(len(tokens) - 1), params.num_candidates)
+        ]
+        every = sorted(every, key=lambda each: -each[0])[: params.num_candidates]
+        length = len(every[0][1]) - first
+        power = single(length**params.length_penalty)
+        ends = [tokens[-1] in params.stop_token_ids for _, tokens in every]
+        for (score, tokens), end in list(zip(every, ends, strict=True))[: params.beam_width]:
+            if end or first + length == limit:
+                done.append((single(score / power), tokens[first:], "stop" if end else "length"))
+        done = sorted(done, key=lambda each: -each[0])[: params.beam_width]
+        going = [each for each, end in zip(every, ends, strict=True) if not end][: params.beam_width]
+        if params.early_stopping == "never" and params.length_penalty > 0:
+            power = single((limit - first) ** params.length_penalty)
+        full = all(reason for _, _, reason in done)
+        content = params.early_stopping is True or params.beam_width == 1 or going[0][0] / power <= done[-1][0]
+        if first + length == limit or (full and content):
+            best = done[: params.n]
+            return Outcome([token for _, tokens, _ in best for token in (*tokens, -1)], best[0][2])

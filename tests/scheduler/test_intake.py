@@ -1,12 +1,13 @@
 """Whatever a Submit holds, it becomes a valid request or one refusal."""
 
+import math
 from array import array
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.common.messages import Submit, pack
+from quire.common.messages import MAX_TIMEOUT_S, Submit, pack
 from quire.common.sampling import SamplingParams
 from quire.scheduler import intake
 
@@ -50,3 +51,21 @@ def test_any_bytes_are_read_or_refused(prompt: bytes, output: bytes) -> None:
 def test_unresolved_sampling_is_refused(sampling: SamplingParams) -> None:
     with pytest.raises(intake.Malformed):
         intake.request(Submit(3, pack([1]), sampling), b"", VOCABULARY, 0.0)
+
+
+ANY_TIME = st.floats() | st.floats(0.0, MAX_TIMEOUT_S)
+
+
+@given(ANY_TIME, ANY_TIME, ANY_TIME, st.booleans())
+def test_limits_count_from_the_arrival_and_nonsense_is_none(
+    waited_s: float, timeout_s: float, max_queue_s: float, resumed: bool
+) -> None:
+    output = pack([1]) if resumed else b""
+    submit = Submit(3, pack([1]), SAMPLING, waited_s, output=output, timeout_s=timeout_s, max_queue_s=max_queue_s)
+    arrived_at = intake.arrived_at(submit, 1e6)
+    assert 1e6 - MAX_TIMEOUT_S <= arrived_at <= 1e6
+    if 0.0 <= waited_s <= MAX_TIMEOUT_S:
+        assert arrived_at == 1e6 - waited_s
+    assert intake.ends_at(submit, arrived_at) == (arrived_at + timeout_s if timeout_s > 0 else math.inf)
+    queues = max_queue_s > 0 and not resumed
+    assert intake.begins_by(submit, arrived_at) == (arrived_at + max_queue_s if queues else math.inf)

@@ -152,7 +152,7 @@ class TellsOfOldRows(Scheduler):
     def regroup(self, epoch: int) -> list[tuple[Request, Output]]:
         released = [request.row for request in self.running if request.row is not None]
         news = super().regroup(epoch)
-        self._released = released
+        self.rows._released = released
         return news
 
 

@@ -45,6 +45,17 @@ def test_match_finds_the_common_full_blocks(
     assert found == written.blocks[:full]
 
 
+@given(TOKENS, st.integers(0, 24))
+def test_a_name_alone_is_no_hit(tokens: list[int], collided: int) -> None:
+    """As if SHA-256 gave one block the name of another: its tokens differ."""
+    pool = BlockPool(32)
+    written = publish(pool, tokens, 1)
+    for block in written.blocks[collided : collided + 1]:
+        digest, own = pool._content[block]
+        pool._content[block] = digest, bytes(len(own))[:-1] + b"\x7f"
+    assert prefix_cache.match(pool, request([*tokens, 0]), 1) == written.blocks[:collided]
+
+
 @given(TOKENS, st.text(max_size=3), st.text(max_size=3))
 def test_no_hit_across_salts(tokens: list[int], salt: str, other: str) -> None:
     pool = BlockPool(32)

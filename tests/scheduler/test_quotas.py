@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from quire.common.messages import Quota
 from quire.scheduler.quotas import MAX_TENANTS, MINUTE_S, Quotas
-from quire.scheduler.turnover import LONGEST_WAIT_S, SHORTEST_WAIT_S, Turnover
 
 asks = st.lists(st.tuples(st.floats(0.0, 30.0), st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=60)
 
@@ -86,30 +85,3 @@ def test_a_bounded_number_of_tenants_is_remembered() -> None:
         assert quotas.admit(str(tenant), Quota(1), 1, 0.0) is None
     assert len(quotas) == MAX_TENANTS
     assert quotas.admit(str(MAX_TENANTS), Quota(1), 1, 0.0) is not None, "those that came last"
-
-
-@given(st.floats(0.05, 200.0), st.integers(1, 5000), st.integers(1, 500))
-def test_a_queue_takes_as_long_as_its_length_and_the_rate_say(rate: float, waiting: int, ends: int) -> None:
-    turnover = Turnover()
-    turnover.begins(0.0)
-    for i in range(1, ends + 1):
-        turnover.ended(i / rate)
-    now = ends / rate
-    wait = turnover.wait_s(waiting, now)
-    assert SHORTEST_WAIT_S <= wait <= LONGEST_WAIT_S
-    if now > 1.0:  # what is measured in less is believed for a second
-        exact = min(max(waiting / rate, SHORTEST_WAIT_S), LONGEST_WAIT_S)
-        assert exact * 0.5 - 1 <= wait <= exact * 2 + 1
-
-
-def test_idle_time_does_not_count_and_a_standstill_does() -> None:
-    turnover = Turnover()
-    assert turnover.wait_s(10, 0.0) == LONGEST_WAIT_S, "nothing is known"
-    turnover.begins(0.0)
-    for i in range(1, 1001):
-        turnover.ended(i / 10)
-    busy = turnover.wait_s(100, 100.0)
-    assert 8 < busy < 12
-    assert turnover.wait_s(100, 150.0) > 3 * busy, "nothing has ended for 50 seconds"
-    turnover.begins(5000.0)
-    assert abs(turnover.wait_s(100, 5000.0) - busy) < 1e-6

@@ -15,7 +15,7 @@ from quire.scheduler.scheduler import Scheduler, Step
 from quire.scheduler.stops import finish_reason
 
 
-def scheduler(num_blocks: int = 100, *, max_model_len: int = 100, caching: bool = True, **config: int) -> Scheduler:
+def scheduler(num_blocks: int = 100, *, max_model_len: int = 100, caching: bool = True, **config: float) -> Scheduler:
     return Scheduler(
         SchedulerConfig(**config), CacheConfig(block_size=4, enable_prefix_caching=caching), num_blocks, max_model_len
     )
@@ -208,6 +208,61 @@ def test_abort_frees_at_once_and_what_was_under_way_is_dropped() -> None:
     assert engine.idle and engine.schedule() is None
     engine.add(request(1, 4))
     assert step(engine)[0].plan.released == [0]
+
+
+def test_a_request_whose_time_is_over_ends_whether_it_waits_or_runs() -> None:
+    engine = scheduler(max_num_seqs=1)
+    runs, waits = request(0, 10), request(1, 4)
+    engine.add(runs)
+    engine.add(waits)
+    step(engine)
+    under_way = engine.schedule()
+    assert under_way is not None
+    for one, num_output in ((waits, 0), (runs, 1)):
+        assert engine.expire(one, "late") == Output(one.id, num_output, [], "timeout", 0, "late")
+        engine.check()
+    assert engine.kv.pool.num_free == 100 and not engine.running and not engine.waiting
+    assert engine.update(StepResult(1, under_way.plan.step, pack([1]), pack([9]))) == []
+    engine.add(request(2, 10))
+    assert step(engine)[0].plan.released == [0]
+
+
+def test_who_decodes_comes_before_prompts_of_a_better_rank() -> None:
+    engine = scheduler(max_num_batched_tokens=4, max_num_seqs=4)
+    for id in range(3):
+        engine.add(request(id, 1))
+    step(engine)
+    engine.add(request(3, 40, priority=-1))
+    planned, _ = step(engine)
+    assert ids(planned) == [0, 1, 2, 3] and unpack(planned.plan.counts) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("target_itl", [0.0, 50.0])
+def test_a_long_prompt_leaves_streams_their_time(target_itl: float) -> None:
+    """0.1 ms a token and 1 us for each pair of tokens: 30,000 tokens at once would hold up everybody for minutes."""
+    engine = scheduler(20_000, max_model_len=40_000, target_itl=target_itl, max_num_batched_tokens=2048)
+    engine.add(request(0, 200, max_tokens=20_000))
+    steps_ms = []
+    for number in range(400):
+        if number == 30:
+            engine.add(request(1, list(range(30_000)), max_tokens=1))
+        planned = engine.schedule()
+        assert planned is not None
+        load, count = planned.load, len(planned.sampled)
+        took_us = 5_000 + load.context + 100 * load.tokens + int(load.pairs)
+        engine.update(StepResult(1, planned.plan.step, pack([1] * count), pack([9] * count), took_us))
+        if load.tokens and number > 40:
+            steps_ms.append(took_us / 1e3)
+    assert steps_ms and (max(steps_ms) <= 50.0) == (target_itl > 0.0), max(steps_ms)
+    assert target_itl == 0.0 or min(steps_ms) > 35.0, "the time is not used"
+
+
+def test_results_without_a_time_and_steps_that_copy_teach_nothing() -> None:
+    engine = scheduler()
+    engine.add(request(0, 10))
+    for _ in range(5):
+        step(engine)
+    assert engine.pace.prefill_s(0, 10) is None and engine.kv.prefill_s(0, 10) is None
 
 
 def test_a_prompt_that_fills_the_context_is_refused_and_given_nothing() -> None:

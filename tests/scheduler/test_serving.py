@@ -1,6 +1,7 @@
 """Between wire and scheduler, without sockets: who is charged, who is told, when the books are looked at."""
 
 from collections.abc import Iterator
+from math import inf
 
 import pytest
 
@@ -86,20 +87,103 @@ def test_what_is_refused_for_another_reason_is_not_charged() -> None:
     assert all(output.id != 4 for output in told(engine))
 
 
-def test_who_is_told_to_come_again_is_told_what_the_queue_takes() -> None:
-    engine = serving(max_num_seqs=1, max_num_queued_reqs=20)
-    now = 0.0
-    for id in range(21):
-        engine.submit(CLIENT, submit(id, max_tokens=1), now)
-    for _ in steps(engine):  # one sequence a step
-        now += 0.5
-        engine.submit(CLIENT, submit(100 + int(now * 2), max_tokens=1), now)
-        engine.submit(CLIENT, submit(99, max_tokens=1), now)
-        if now >= 20.0:
-            break
-    refused = told(engine)[-1]
-    assert refused.rejection == "overloaded" and refused.id == 99
-    assert 5.0 < refused.retry_after_s < 20.0, "twenty wait, and two a second end"
+def test_who_is_told_to_come_again_is_told_when_there_is_a_place() -> None:
+    engine = busy()
+    for id in range(100, 121):
+        engine.submit(CLIENT, submit(id, max_tokens=1), 60.0)
+    assert told(engine) == []
+    for id in range(200, 220):
+        engine.submit(CLIENT, submit(id, max_tokens=1), 60.0)
+    waits = [output.retry_after_s for output in told(engine)]
+    assert len(waits) == 20 and waits == sorted(waits)
+    assert 1.0 <= waits[0] < 2.0 and 20.0 < waits[-1] < 30.0, "one place a second, and somewhat later than that"
+
+
+def busy(max_num_queued_reqs: int = 20) -> Serving:
+    """Serves one sequence a second, and has done so for a minute."""
+    engine = serving(max_num_seqs=1, max_num_queued_reqs=max_num_queued_reqs, depth=1)
+    engine.submit(CLIENT, submit(0, max_tokens=1), 0.0)
+    for second in range(1, 61):
+        engine.submit(CLIENT, submit(second, max_tokens=1), float(second))
+        next(steps(engine, float(second)))
+    next(steps(engine, 60.0))
+    told(engine)
+    return engine
+
+
+def test_who_would_wait_in_vain_is_told_at_once_and_nobody_else() -> None:
+    engine = busy(max_num_queued_reqs=1000)
+    for id in range(100, 150):
+        engine.submit(CLIENT, submit(id, tenant="flood", priority=1, max_tokens=1), 60.0)
+    for second in range(60, 70):
+        next(steps(engine, float(second)))
+    told(engine)
+    hasty = {"max_queue_s": 10.0}
+    engine.submit(CLIENT, submit(1, tenant="flood", priority=1, **hasty), 70.0)
+    [refused] = told(engine)
+    assert (refused.id, refused.finish, refused.rejection) == (1, "error", "expired")
+    assert 25.0 < refused.retry_after_s < 35.0, "forty wait, one a second: thirty too many"
+    engine.submit(CLIENT, submit(2, tenant="other", priority=1, **hasty), 70.0)  # may be let in before them
+    engine.submit(CLIENT, submit(3, tenant="flood", priority=0, **hasty), 70.0)
+    engine.submit(CLIENT, submit(4, tenant="flood", priority=1, max_queue_s=30.0), 70.0)  # who knows?
+    engine.submit(CLIENT, submit(5, tenant="flood", priority=1, attempts=1, **hasty), 70.0)  # was taken before
+    assert told(engine) == []
+    counted = engine._recorder.metrics.render().decode()
+    assert 'vllm:admission_rejections_total{model_name="test",reason="expired"} 1.0' in counted
+
+
+def test_nobody_is_turned_away_by_an_engine_that_knows_nothing() -> None:
+    engine = serving(max_num_seqs=1, max_num_queued_reqs=1000)
+    for id in range(500):
+        engine.submit(CLIENT, submit(id, max_queue_s=0.5), 0.0)
+    assert told(engine) == []
+
+
+def test_an_engine_with_room_refuses_nobody_for_the_pace_of_those_it_has() -> None:
+    engine = serving(1000, max_num_seqs=8)
+    for second in range(60):  # four at a time, which take a while: half of what could run
+        engine.submit(CLIENT, submit(second), float(second))
+        next(steps(engine, float(second)))
+    told(engine)
+    for id in range(100, 200):
+        engine.submit(CLIENT, submit(id, max_queue_s=0.5), 60.0)
+    assert told(engine) == []
+
+
+def test_who_ran_out_of_time_is_counted_by_what_was_computed_of_it() -> None:
+    engine = serving(max_num_seqs=1)
+    engine.submit(CLIENT, submit(1, timeout_s=2.0), 0.0)
+    engine.submit(CLIENT, submit(2, timeout_s=3.0), 0.0)
+    engine.submit(CLIENT, submit(3, max_queue_s=1.0), 0.0)
+    engine.submit(CLIENT, submit(4, timeout_s=2.0, waited_s=2.0), 0.0)
+    next(steps(engine))
+    assert engine.next_deadline == 1.0
+    engine.expire(10.0)
+    ends = {output.id: (output.finish, output.rejection) for output in told(engine) if output.finish}
+    timeout = ("timeout", "")
+    assert ends == {4: timeout, 3: ("timeout", "expired"), 1: timeout, 2: timeout}
+    counted = engine._recorder.metrics.render().decode()
+    assert 'quire:requests_timed_out_total{model_name="test",phase="waiting"} 3.0' in counted
+    assert 'quire:requests_timed_out_total{model_name="test",phase="running"} 1.0' in counted
+    assert 'vllm:request_success_total{finished_reason="timeout",model_name="test"} 4.0' in counted
+    assert engine.plan(10.0) is None and engine.next_deadline == inf
+
+
+def test_a_place_once_had_is_enough() -> None:
+    """Preempted, begun anew with other workers, or brought by another scheduler: it has begun."""
+    engine = serving()
+    engine.submit(CLIENT, submit(1, max_queue_s=1.0), 0.0)
+    engine.submit(CLIENT, submit(2, max_queue_s=1.0, output=pack([5]), attempts=1, waited_s=50.0), 0.0)
+    assert engine.plan(0.5) is not None
+    engine.submit(CLIENT, submit(3, timeout_s=6.0), 0.0)
+    assert engine.plan(0.5) is not None
+    engine.regroup(2, 5.0, out_of_memory=False)
+    engine.expire(6.0)
+    for _ in steps(engine, 7.0):
+        pass
+    assert {output.id: output.finish for output in told(engine)} == {1: "length", 2: "length", 3: "timeout"}
+    counted = engine._recorder.metrics.render().decode()
+    assert 'quire:requests_timed_out_total{model_name="test",phase="running"} 1.0' in counted
 
 
 def test_a_loss_tells_nobody_anything_but_those_it_ends() -> None:

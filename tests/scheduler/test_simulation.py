@@ -8,6 +8,7 @@ from quire.common.config import CacheConfig
 from quire.common.messages import pack
 from quire.scheduler import prefix_cache
 from quire.scheduler.blocks import BlockPool
+from quire.scheduler.kv_cache import Hit
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
 
@@ -32,19 +33,19 @@ def test_every_depth_gives_the_same_right_tokens() -> None:
     assert total.preempted > 100 and total.cached > 1000, total
 
 
-def test_aborts_and_resubmissions_disturb_nobody() -> None:
+def test_aborts_deadlines_and_resubmissions_disturb_nobody() -> None:
     total = Totals()
     for seed in range(SEEDS):
         wanted = {request.id: expected(request) for request in Run(seed, 1).todo}
         for depth in (1, 2, 3):
             run = Run(seed, depth)
-            for id, outcome in run.play(aborts=seed % 2 == 0, restarts=seed % 3 == 0).items():
-                if outcome.finish == "abort":
+            for id, outcome in run.play(aborts=seed % 2 == 0, expiries=seed % 2 == 1, restarts=seed % 3 == 0).items():
+                if outcome.finish in ("abort", "timeout"):
                     assert outcome.tokens == wanted[id].tokens[: len(outcome.tokens)], (seed, depth, id)
                 else:
                     assert outcome == wanted[id], (seed, depth, id)
             _add(total, run.totals)
-    assert total.aborted > 100 and total.resubmitted > 100, total
+    assert total.aborted > 100 and total.expired > 100 and total.resubmitted > 100, total
 
 
 def test_a_faulty_row_ends_alone() -> None:
@@ -76,9 +77,11 @@ class ForgetsInflight(Scheduler):
 class PublishesEarly(Scheduler):
     """Blocks are shared before the plan that writes them is out."""
 
-    def _plan(self, draft, request) -> None:  # type: ignore[no-untyped-def]
-        super()._plan(draft, request)
+    def _admit(self, draft, request, shared) -> None:  # type: ignore[no-untyped-def]
+        super()._admit(draft, request, shared)
+        computed, request.computed = request.computed, len(request.tokens)
         self.kv.publish(request)
+        request.computed = computed
 
 
 class PublishesUnwritten(Scheduler):
@@ -97,7 +100,7 @@ class KeepsRowQuiet(Scheduler):
 
     def _leave_row(self, request: Request) -> None:
         super()._leave_row(request)
-        self._released.pop()
+        self.rows._released.pop()
 
 
 class LeaksTail(Scheduler):
@@ -119,7 +122,7 @@ class KeepsComputed(Scheduler):
 class SharesWholePrompt(Scheduler):
     """A hit may cover all tokens, so that nothing is left to compute the next one from."""
 
-    def _fitting(self, request: Request) -> list[int] | None:
+    def _fitting(self, request: Request) -> Hit | None:
         request.tokens.append(0)
         try:
             return super()._fitting(request)
@@ -191,7 +194,7 @@ class FreesOnFirstRelease(BlockPool):
 
 def _with_pool(pool: type[BlockPool]) -> type[Scheduler]:
     class Faulty(Scheduler):
-        def __init__(self, config, cache: CacheConfig, num_blocks: int, max_model_len: int) -> None:  # type: ignore[no-untyped-def]
+        def __init__(self, config, cache: CacheConfig, num_blocks: int, max_model_len: int, **_: int) -> None:  # type: ignore[no-untyped-def]
             super().__init__(config, cache, num_blocks, max_model_len)
             self.kv.pool = pool(num_blocks)
 
@@ -239,11 +242,12 @@ def test_planted_fault_is_caught(make: type[Scheduler]) -> None:
 
 
 def test_a_name_that_forgets_its_parent_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def name(request: Request, index: int, block_size: int) -> tuple[bytes, bytes]:
-        tokens = request.tokens[index * block_size : (index + 1) * block_size].tobytes()
-        return pack([index]) + tokens, tokens
+    def extend(request: Request, count: int, block_size: int) -> None:
+        for index in range(len(request.digests), count):
+            tokens = request.tokens[index * block_size : (index + 1) * block_size].tobytes()
+            request.digests.append(pack([index]) + tokens)
 
-    monkeypatch.setattr(prefix_cache, "_name", name)
+    monkeypatch.setattr(prefix_cache, "extend", extend)
     assert _caught(Scheduler, 150) > 0
 
 

@@ -1,0 +1,1 @@
+"""The scheduler in virtual time: a model of the device, work, replicas behind a router, and what is read off them."""
