@@ -41,7 +41,7 @@ AIMS = {
     "flood": "flood --load 0.5 --long-share 0.1 --policies quire-patient vllm",
     "loose": "compare --load 1.3 --long-share 0.1 --itl 1000 --policies quire vllm vllm-impatient",
     "kv": "compare --load 1.3 --kv-tokens 100000 --seconds 200 --policies quire-patient vllm",
-    "plan": "plan --rate 20 --long-share 0.1 --ttft-per-1k 0.2 --share 0.95 --router least-loaded --seconds 60",
+    "plan": "plan --rate 20 --long-share 0.1 --ttft-per-1k 0.2 --share 0.9 --router least-loaded --seconds 60",
     "memory": "memory --requests 1000000",
 }
 HEAD = (

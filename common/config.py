@@ -81,7 +81,7 @@ class RecoveryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class SightConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sight"""
 
-    journal_size: Annotated[int, option("Memory for the journal of what the scheduler is told and decides, for `quire replay`; 0 is no journal.", ge=0, metavar="BYTES")] = 64 << 20
+    journal_size: Annotated[int, option("Memory for the journal of what the scheduler is told and decides, for `quire replay`; 0 is no journal.", ge=0, metavar="BYTES")] = 16 << 20
     journal_dir: Annotated[str | None, option("Where journals are written, on the scheduler's host. By default the engine's run directory, which goes with it.", metavar="DIR")] = None
     reveal_prompts: Annotated[bool, option("Let journals and `quire tap` hold the token ids of prompts and outputs. Otherwise others take their place.")] = False
 

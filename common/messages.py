@@ -148,6 +148,13 @@ class Capacity(Struct, array_like=True, frozen=True, gc=False):
         return self.num_blocks * self.block_size
 
 
+def most_blocks(num_prompt: int, limit: int, num_sequences: int, block_size: int) -> int:
+    """Blocks that sequences hold which share a prompt, when they are `limit` tokens long. Of one sequence the last token
+    is never fed back, so it needs no KV."""
+    longest, shared = -(-(limit - 1) // block_size), num_prompt // block_size
+    return shared + num_sequences * (longest - shared) if num_sequences > 1 else longest
+
+
 class Status(Message, frozen=True):
     """Sent to frontends and observers when it changes. `capacity` is set from the first "ready" on.
 

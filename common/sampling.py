@@ -50,6 +50,11 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     # fmt: on
 
     @property
+    def num_sequences(self) -> int:
+        """That are computed side by side for a prompt."""
+        return self.beam_width or self.n
+
+    @property
     def num_candidates(self) -> int:
         """Tokens that the worker is asked for at each step: as many as leave each beam one that ends nothing."""
         return max(2, 1 + len(self.stop_token_ids)) * self.beam_width

@@ -1,13 +1,14 @@
 """Requests in text: prompts in, text out as it comes. What the HTTP routes and the Python API both stand on."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 
 import msgspec
 from msgspec.msgpack import encode
 
 from ..common.errors import RequestError
+from ..common.messages import Capacity, most_blocks
 from ..common.sampling import INT64_MAX, MAX_TOKEN_IDS, SamplingParams
 from .detokenizer import Detokenizer
 from .engine_client import EngineClient
@@ -61,11 +62,8 @@ class Generator:
         try:
             for prompt, sampling in zip(prompts, resolved, strict=True):
                 requests.append(_Request(prompt))
-                for index in range(params.n):
-                    sampled = msgspec.structs.replace(sampling, seed=_shifted(sampling.seed or 0, index))
-                    stream = self.client.submit(prompt, sampled, routing=routing, wake=wake)
-                    text = Detokenizer(self.tokenizer.backend, self.tokenizer.special_ids, prompt, params)
-                    requests[-1].choices.append(_Choice(index, stream, text))
+                for part in self._parts(prompt, params, sampling, routing, wake):
+                    requests[-1].parts.append(part)
                 if len(requests) % AT_ONCE == 0:
                     await asyncio.sleep(0)
             running = list(enumerate(requests))
@@ -84,6 +82,25 @@ class Generator:
         finally:
             for request in requests:
                 request.close()
+
+    def _parts(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        resolved: SamplingParams,
+        routing: Routing,
+        wake: asyncio.Event,
+    ) -> "Iterator[_Choice | _Search]":
+        """Submits them one after the other."""
+        texts = [
+            Detokenizer(self.tokenizer.backend, self.tokenizer.special_ids, prompt, params) for _ in range(params.n)
+        ]
+        if params.beam_width:
+            yield _Search(self.client.submit(prompt, resolved, routing=routing, wake=wake), texts)
+            return
+        for index, text in enumerate(texts):
+            sampling = msgspec.structs.replace(resolved, seed=_shifted(resolved.seed or 0, index))
+            yield _Choice(index, self.client.submit(prompt, sampling, routing=routing, wake=wake), text)
 
     def resolve(self, ids: Sequence[int], params: SamplingParams, *, param: str = "prompt") -> SamplingParams:
         """What the engine is sent for this prompt; raises RequestError, naming `param`, when it cannot be served."""
@@ -115,6 +132,8 @@ class Generator:
                 param="max_tokens",
             )
         resolved = params.resolve(eos_token_ids=model.eos_token_ids, vocab_size=model.vocab_size, room=limit - len(ids))
+        if params.beam_width and capacity is not None:
+            _check_beams(len(ids), resolved, limit, capacity)
         if len(resolved.stop_token_ids) > MAX_TOKEN_IDS:  # with the model's own, more than the wire takes
             raise RequestError(
                 f"stop_token_ids: at most {MAX_TOKEN_IDS - len(model.eos_token_ids)} ids", param="stop_token_ids"
@@ -126,27 +145,27 @@ class _Request:
     """The sequences of one prompt."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
-        self.choices: list[_Choice] = []
+        self.parts: list[_Choice | _Search] = []
         self._prompt = list(prompt)
         self._num_cached = 0
 
     @property
     def finished(self) -> bool:
-        return all(choice.finished for choice in self.choices)
+        return all(part.finished for part in self.parts)
 
     def advance(self, request_id: str) -> RequestOutput | None:
         """What is new, or None. Raises what ended a sequence."""
-        moved = [output for choice in self.choices if not choice.finished and (output := choice.advance()) is not None]
+        moved = [output for part in self.parts if not part.finished for output in part.advance()]
         if not moved:
             return None
-        self._num_cached = self._num_cached or max(choice.num_cached for choice in self.choices)
+        self._num_cached = self._num_cached or max(part.num_cached for part in self.parts)
         return RequestOutput(
             request_id, None, self._prompt, moved, finished=self.finished, num_cached_tokens=self._num_cached
         )
 
     def close(self) -> None:
-        for choice in self.choices:
-            choice.stream.close()
+        for part in self.parts:
+            part.stream.close()
 
 
 class _Choice:
@@ -159,17 +178,41 @@ class _Choice:
         self.num_cached = 0
         self._detokenizer = detokenizer
 
-    def advance(self) -> CompletionOutput | None:
-        """What is new, or None. Raises what ended the sequence."""
+    def advance(self) -> list[CompletionOutput]:
+        """What is new, if anything. Raises what ended the sequence."""
         delta = self.stream.take()
         if delta is None:
-            return None
+            return []
         self.num_cached = delta.num_cached
         new = self._detokenizer.push(delta.tokens, delta.finish)
         if new.finish_reason is not None:
             self.finished = True
             self.stream.close()  # the engine does not know of stop strings
-        return CompletionOutput(self.index, new.text, new.token_ids, new.finish_reason, new.stop_reason)
+        return [CompletionOutput(self.index, new.text, new.token_ids, new.finish_reason, new.stop_reason)]
+
+
+class _Search:
+    """A beam search: one sequence to the engine, and all choices of a request, which come at once."""
+
+    def __init__(self, stream: TokenStream, detokenizers: Sequence[Detokenizer]) -> None:
+        self.stream = stream
+        self.finished = False
+        self.num_cached = 0
+        self._detokenizers = detokenizers
+
+    def advance(self) -> list[CompletionOutput]:
+        """As a `_Choice`."""
+        delta = self.stream.take()
+        if delta is None:
+            return []
+        self.finished, self.num_cached = True, delta.num_cached
+        outputs = []
+        for index, (found, detokenizer) in enumerate(zip(delta.hypotheses, self._detokenizers, strict=True)):
+            new = detokenizer.push(found.tokens, found.finish)
+            outputs.append(
+                CompletionOutput(index, new.text, new.token_ids, new.finish_reason, new.stop_reason, found.logprob)
+            )
+        return outputs
 
 
 def _check_routing(routing: Routing) -> None:
@@ -178,6 +221,23 @@ def _check_routing(routing: Routing) -> None:
         encode(routing)
     except (OverflowError, UnicodeEncodeError) as error:
         raise RequestError(f"priority, tenant or salt cannot be sent: {error}", param="priority") from None
+
+
+def _check_beams(num_prompt: int, params: SamplingParams, max_model_len: int, capacity: Capacity) -> None:
+    """Whether all beams can be computed side by side."""
+    if params.beam_width > capacity.max_num_seqs:
+        raise RequestError(
+            f"the engine computes {capacity.max_num_seqs} sequences at once, and so no {params.beam_width} beams",
+            param="beam_width",
+        )
+    limit = min(num_prompt + (params.max_tokens or 0), max_model_len)
+    needed = most_blocks(num_prompt, limit, params.beam_width, capacity.block_size)
+    if needed > capacity.num_blocks:
+        raise RequestError(
+            f"{params.beam_width} beams of up to {limit} tokens need {needed} blocks of the KV cache, which has"
+            f" {capacity.num_blocks}: lower max_tokens or the number of beams",
+            param="max_tokens",
+        )
 
 
 def _shifted(seed: int, by: int) -> int:

@@ -16,6 +16,7 @@ class CompletionOutput:
     token_ids: list[int]
     finish_reason: str | None = None  # "stop" or "length" in the last delta
     stop_reason: int | str | None = None  # the stop string or stop token id of the request that ended it
+    cumulative_logprob: float | None = None  # of all tokens together, where a beam search has found them
 
     @property
     def finished(self) -> bool:
@@ -49,6 +50,7 @@ class Accumulator:
             self._texts.setdefault(part.index, []).append(part.text)
             choice.token_ids += part.token_ids
             choice.finish_reason, choice.stop_reason = part.finish_reason, part.stop_reason
+            choice.cumulative_logprob = part.cumulative_logprob
 
     def total(self) -> RequestOutput:
         """A copy that later deltas do not change. At least one delta must have been added."""

@@ -12,7 +12,7 @@ import logging
 from http import HTTPStatus
 
 from ..common.errors import EngineError, QuireError, RequestError
-from ..common.messages import HEARTBEAT_S, Output, Submit
+from ..common.messages import Output, Submit
 from .errors import retry_after
 from .streams import Routing, TokenStream
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 SUSPECT_ATTEMPTS = 2
 MAX_ATTEMPTS = 4
 _PASSING = ("overloaded", "rate_limited")  # rejections that do not last
-_PATIENCE_S = HEARTBEAT_S  # in which a scheduler may say itself that the time of a sequence is over
+_PATIENCE_S = 1.0  # in which a scheduler may say itself that the time of a sequence is over
 _REST_S = (1.0, 60.0)  # a sequence that was taken before tries again after what the scheduler says, within these
 
 

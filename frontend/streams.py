@@ -11,7 +11,7 @@ from math import inf
 from msgspec import Struct
 
 from ..common.errors import EngineError, QuireError
-from ..common.messages import Output, Quota, Submit, pack
+from ..common.messages import Hypothesis, Output, Quota, Submit, pack
 from ..common.sampling import SamplingParams
 
 # Since a sequence was submitted last. One token would prove nothing: computing what is here anew ends in one.
@@ -28,6 +28,7 @@ class TokenDelta(Struct, frozen=True):
     tokens: list[int]
     finish: str | None  # "stop" (a stop token, which is the last id) or "length"; None while it runs
     num_cached: int  # prompt tokens found in the prefix cache; final with the first delta
+    hypotheses: Sequence[Hypothesis] = ()  # of a beam search, which has nothing else to tell
 
 
 class Routing(Struct, frozen=True, kw_only=True):
@@ -75,6 +76,7 @@ class TokenStream:
         self._finish: str | None = None
         self._error: QuireError | None = None
         self._num_cached = 0
+        self._hypotheses: list[Hypothesis] = []
         self._finish_taken = False
 
     @property
@@ -117,7 +119,7 @@ class TokenStream:
         if len(self.output) - self._submitted >= PROOF_TOKENS:
             self.attempts = 0
         if output.finish in ("stop", "length"):
-            self.done, self._finish = True, output.finish
+            self.done, self._finish, self._hypotheses = True, output.finish, output.hypotheses
         self._wake.set()
 
     def fail(self, error: QuireError) -> None:
@@ -136,7 +138,7 @@ class TokenStream:
         ends = self._finish is not None and not self._finish_taken
         if tokens or ends:
             self._finish_taken = ends
-            return TokenDelta(tokens, self._finish, self._num_cached)
+            return TokenDelta(tokens, self._finish, self._num_cached, self._hypotheses)
         if self._error is not None:
             raise self._error
         return None

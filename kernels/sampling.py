@@ -90,6 +90,13 @@ def sample(logits_sv: Tensor, draws: Draws, tokens: Tensor) -> tuple[Tensor, Ten
     return ids.masked_fill_(faulty, 0), faulty
 
 
+def likeliest(logits_sv: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Ids [s, count] int64, likeliest first, and their log-probabilities [s, count] float32, before anything changes
+    the logits."""
+    logprobs, ids = logits_sv.log_softmax(-1).topk(count, dim=-1)
+    return ids, logprobs
+
+
 def _choose(logits_sv: Tensor, draws: Draws, tokens: Tensor) -> Tensor:
     """As `sample`, for rows of which each asks for something. Overwrites the logits."""
     _adjust(logits_sv, draws, tokens)

@@ -241,7 +241,7 @@ async def _generate_all(
     engine: LocalEngine, jobs: Sequence[tuple[str | Sequence[int], SamplingParams]], limit: int, tally: _Tally
 ) -> list[RequestOutput]:
     """On the engine's loop. At most `limit` sequences are with the scheduler, whose queue is finite."""
-    widest = max((params.n for _, params in jobs), default=1)
+    widest = max((params.num_sequences for _, params in jobs), default=1)
     room = asyncio.Semaphore(max(1, limit // widest))
 
     async def one(index: int, prompt: str | Sequence[int], params: SamplingParams) -> RequestOutput:

@@ -248,7 +248,8 @@ class Journaled(Scheduler):
     def update(self, result: StepResult) -> list[tuple[Request, Output]]:
         journal = self.journal
         # Its tokens are in the requests, too, which the journal holds longer than others do, with the names of blocks.
-        journal.note(Answered(journal.clock(), result), ENTRY_BYTES + len(result.counts) + 4 * len(result.tokens))
+        size = ENTRY_BYTES + len(result.counts) + 4 * len(result.tokens) + 2 * len(result.best_ids)
+        journal.note(Answered(journal.clock(), result), size)
         try:
             return super().update(result)
         except Exception as error:

@@ -1,7 +1,7 @@
 """How many requests there may be, and how much stays free."""
 
 from ..common.config import SchedulerConfig
-from .blocks import blocks_for
+from ..common.messages import most_blocks
 from .request import Request
 
 QUEUED_PER_SEQ = 16  # waiting requests for each row, unless configured
@@ -12,20 +12,14 @@ def num_queueable(config: SchedulerConfig) -> int:
     return config.max_num_queued_reqs or QUEUED_PER_SEQ * config.max_num_seqs
 
 
-def num_sequences(request: Request) -> int:
-    """That are computed for it side by side."""
-    return request.sampling.beam_width or 1
-
-
 def fits(request: Request, limit: int, config: SchedulerConfig, num_blocks: int, block_size: int) -> bool:
-    """Whether it can run at all, up to a length of `limit` tokens. The last one is never fed back, so it needs no KV."""
-    width = num_sequences(request)
-    longest, shared = blocks_for(limit - 1, block_size), request.num_prompt // block_size if width > 1 else 0
+    """Whether it can run at all, up to a length of `limit` tokens."""
+    width = request.sampling.num_sequences
     return (
         request.num_prompt < limit
         and len(request.tokens) <= limit
         and width <= config.max_num_seqs
-        and shared + width * (longest - shared) <= num_blocks
+        and most_blocks(request.num_prompt, limit, width, block_size) <= num_blocks
     )
 
 

@@ -1,18 +1,13 @@
 """The scheduler process: two sockets, one loop. What it decides is in `startup`, `workers`, `serving` and `scheduler`."""
 
-import contextlib
 import logging
-import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import zmq
-
 from ..common import curve
-from ..common.channel import Event, Hub, encode, wires
+from ..common.channel import Event, Hub, encode
 from ..common.config import EngineConfig
 from ..common.errors import EXIT_CONFIG, EXIT_FATAL, ConfigError
 from ..common.messages import (
@@ -21,8 +16,6 @@ from ..common.messages import (
     PHASES,
     Abort,
     Allocated,
-    FromFrontend,
-    FromWorker,
     GetJournal,
     GetStats,
     Heartbeat,
@@ -31,7 +24,6 @@ from ..common.messages import (
     Output,
     Outputs,
     Progress,
-    Refused,
     RequestFault,
     Shutdown,
     Stats,
@@ -51,7 +43,7 @@ from .peers import Frontends, Worker
 from .recorder import Recorder
 from .serving import Serving
 from .sight import Sight
-from .taps import TappedHub
+from .sockets import Sockets
 from .workers import Claim, WorkerGroup
 
 log = logging.getLogger(__name__)
@@ -75,21 +67,11 @@ class Process:
         keys: curve.SchedulerKeys | None = None,
     ) -> None:
         """Binds both wires, guarded by `keys`. Raises ConfigError when it cannot."""
-        frontends_wire, workers_wire = wires(address)
         self.config, self.info = config, info
         self.epoch = _new_epoch()  # of this scheduler, to frontends
         self._sight = Sight(config, info, run_dir, self._name_of)
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._admission = contextlib.ExitStack()
-        self._admission.enter_context(curve.admit(self._context, keys))
-        try:
-            taps = self._sight.taps
-            self._to_frontends = TappedHub[Any](self._context, frontends_wire, FromFrontend, keys, "frontends", taps)
-            self._to_workers = TappedHub[Any](self._context, workers_wire, FromWorker, keys, "workers", taps)
-        except ConfigError:
-            self._admission.close()
-            self._context.destroy(linger=0)
-            raise
+        self._sockets = Sockets(address, keys, self._sight.taps)
+        self._to_frontends, self._to_workers = self._sockets.frontends, self._sockets.workers
         self._frontends = Frontends()
         self._workers = WorkerGroup(config, info, run_dir, _new_epoch())
         self._recorder = Recorder(info.model, caching=config.cache.enable_prefix_caching)
@@ -98,17 +80,12 @@ class Process:
         self._status = self._workers.status(self._told_at)
         self._disk_ids: list[str] = []  # of the files that the index is of
         self._lost_at: float | None = None  # when a group that served was lost, until another one does
-        self._num_refused = 0
         self._stopping = False
-        self._wake_reader, self._wake_writer = os.pipe()
-        self._poller = zmq.Poller()
-        for socket in (self._to_workers.socket, self._to_frontends.socket, self._wake_reader):
-            self._poller.register(socket, zmq.POLLIN)
 
     def stop(self) -> None:
         if not self._stopping:
             self._stopping = True
-            os.write(self._wake_writer, b"x")
+            self._sockets.wake()
 
     def run(self) -> int:
         """Serve until `stop`, or a configuration that cannot be served. Returns the process's exit code.
@@ -139,21 +116,16 @@ class Process:
             self._to_workers.send(identity, Shutdown())
 
     def _close(self) -> None:
-        self._stopping = True  # the pipe is about to go: a late signal must not write to it
+        self._stopping = True
         if self._serving is not None:
             self._serving.close()
-        self._to_frontends.close()
-        self._to_workers.close()
-        self._admission.close()
-        self._context.term()  # waits for what was sent last, a second at most
-        os.close(self._wake_reader)
-        os.close(self._wake_writer)
+        self._sockets.close()
 
     def _turn(self) -> None:
         wait_s = HEARTBEAT_S if self._workers.complete else STARTING_POLL_S
         if self._serving is not None:
             wait_s = max(0.0, min(wait_s, self._serving.next_deadline - time.monotonic()))
-        self._poller.poll(math.ceil(wait_s * 1000))
+        self._sockets.poll(wait_s)
         now = time.monotonic()
         if now - self._turn_at > PEER_TIMEOUT_S / 2:  # it was this process that was away
             self._frontends.forgive(now)
@@ -186,7 +158,7 @@ class Process:
         now = time.monotonic()
         if isinstance(message, Hello):
             if objection := self._frontends.greet(identity, message, now):
-                self._refuse(self._to_frontends, identity, message, objection)
+                self._sockets.refuse(self._to_frontends, identity, message, objection)
                 return
             log.debug("welcomed %s", message.name)
             self._to_frontends.send(identity, Welcome(self.epoch, self.config, self.info))
@@ -216,13 +188,6 @@ class Process:
                 if self._serving is not None:
                     self._recorder.levels(self._serving.scheduler)
                 self._to_frontends.send(identity, Stats(self._recorder.metrics.render()))
-
-    def _refuse(self, hub: Hub[Any], identity: bytes, hello: Hello, why: str) -> None:
-        self._num_refused += 1
-        if self._num_refused.bit_count() == 1:  # the 1st, 2nd, 4th, ...: who is refused may come again and again
-            log.warning("refused %s: %s (%d refused so far)", hello.name, why, self._num_refused)
-        hub.send(identity, Refused(why))
-        hub.forget(identity)
 
     def _drop_frontend(self, identity: bytes, why: str) -> None:
         peer = self._frontends.remove(identity)
@@ -285,13 +250,13 @@ class Process:
     def _admit(self, identity: bytes, hello: Hello, now: float) -> None:
         """A worker says Hello."""
         if objection := self._workers.objection(hello):
-            self._refuse(self._to_workers, identity, hello, objection)
+            self._sockets.refuse(self._to_workers, identity, hello, objection)
             return
         if rival := self._workers.rival(identity, hello.rank):
             reached = self._to_workers.send(rival, Heartbeat(self._workers.epoch))
             claim = self._workers.claim(rival, now) if reached else Claim.VACANT
             if claim is Claim.TAKEN:
-                self._refuse(self._to_workers, identity, hello, f"rank {hello.rank} is taken by another worker")
+                self._sockets.refuse(self._to_workers, identity, hello, f"rank {hello.rank} is taken by another worker")
             elif claim is Claim.VACANT:
                 self._lose("replaced", f"{hello.name} comes for one that is gone", now)
             if claim is not Claim.VACANT:

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from ..common.messages import StepResult
 from . import snapshot
 from .journal import Added, Answered, Began, Entry
 from .request import Request
@@ -26,6 +27,7 @@ WORDS = frozenset({"", "stop", "length", "abort", "error", "timeout"})
 PLANS = "common.messages:StepPlan"  # its columns are no tokens
 CONFIGURATIONS = "common.config:"
 PARAMETERS = "common.sampling:SamplingParams"
+HYPOTHESES = "common.messages:Hypothesis"
 REQUESTS = "scheduler.request:Request"
 Names = Callable[[int], list[bytes]]  # of the blocks of the request that arrived as the so-manieth
 
@@ -54,11 +56,13 @@ class Redactor:
                 digests = next(added).digests
                 return msgspec.structs.replace(entry, state=self._state(state, lambda _: digests))
             case Answered(result=result):
-                return msgspec.structs.replace(
-                    entry, result=msgspec.structs.replace(result, tokens=self.column(result.tokens))
-                )
+                return msgspec.structs.replace(entry, result=self._result(result))
             case _:
                 return entry
+
+    def _result(self, result: StepResult) -> StepResult:
+        tokens, best_ids = self.column(result.tokens), self.column(result.best_ids)
+        return msgspec.structs.replace(result, tokens=tokens, best_ids=best_ids)
 
     def _state(self, state: bytes, names: Names) -> bytes:
         nodes = snapshot.decode(state)
@@ -129,6 +133,8 @@ class _Special:
                 parts = dict(zip(node.content[::2], node.content[1::2], strict=True))
                 self.tokens |= {_number(parts["tokens"]), _number(parts["stops"])}
                 self.names[_number(parts["digests"])] = names(parts["arrival"])
+            elif node.name == HYPOTHESES:
+                self.tokens.add(_number(node.content[node.content.index("tokens") + 1]))
             elif node.name == PARAMETERS:
                 parts = dict(zip(node.content[::2], node.content[1::2], strict=True))
                 self.tokens.add(_number(parts["stop_token_ids"]))

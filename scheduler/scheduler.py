@@ -23,7 +23,7 @@ from ..common.messages import Hypothesis, Output, StepResult
 from .fairness import victim
 from .groups import Groups, begin, known, members_of
 from .kv_cache import Hit, KvCache
-from .limits import fits, num_queueable, num_sequences, reserve
+from .limits import fits, num_queueable, reserve
 from .pace import Pace
 from .queue import WaitingQueue
 from .request import Request
@@ -84,7 +84,7 @@ class Scheduler:
         limit = min(request.limit, self.max_model_len)
         if not fits(request, limit, self.config, self.kv.num_blocks, self.kv.block_size):
             return "too_long"
-        num_requests = len(self.running) + len(self.waiting) + len(self.groups.parked) + num_sequences(request)
+        num_requests = len(self.running) + len(self.waiting) + len(self.groups.parked) + request.sampling.num_sequences
         full = num_requests > self.config.max_num_seqs + num_queueable(self.config)
         if full and not (request.num_output or request.strikes):  # what was accepted before is accepted again
             return "overloaded"

@@ -11,6 +11,9 @@ from .request import Request
 from .tiers import Written
 
 
+ANY_BLOCK = 1
+
+
 @dataclass(slots=True)
 class Step:
     """A plan, and what its sender wants to know besides. `requests` and `counts` are in the order of the plan's rows."""
@@ -112,8 +115,9 @@ class Draft:
 
 def admission(request: Request) -> Admitted:
     """What the workers are told of a request that has been given a row."""
-    blocks = [request.blocks[-1]] * request.retired + request.blocks[request.retired :]  # nobody sees those
-    return Admitted(request.row or 0, request.tokens.tobytes(), request.num_prompt, request.sampling, blocks)
+    assert request.row is not None
+    blocks = [block or ANY_BLOCK for block in request.blocks]  # of a retired one nothing is seen, but it must be there
+    return Admitted(request.row, request.tokens.tobytes(), request.num_prompt, request.sampling, blocks)
 
 
 def best_of(result: StepResult, sampled: list[Request]) -> dict[Request, Candidates]:

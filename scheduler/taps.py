@@ -18,6 +18,7 @@ from ..common.messages import (
     Admitted,
     Copied,
     Message,
+    Output,
     Outputs,
     StepPlan,
     StepResult,
@@ -117,13 +118,19 @@ def blank(message: Message) -> Message:
             prompt, output = bytes(len(message.prompt)), bytes(len(message.output))
             return replace(message, prompt=prompt, output=output, sampling=sampling, salt=salt)
         case Outputs():
-            return Outputs([replace(output, tokens=[0] * len(output.tokens)) for output in message.outputs])
+            return Outputs([_blank_output(output) for output in message.outputs])
         case StepPlan():
             return replace(message, admitted=[_blank_row(admitted) for admitted in message.admitted])
         case StepResult():
-            return replace(message, tokens=bytes(len(message.tokens)))
+            return replace(message, tokens=bytes(len(message.tokens)), best_ids=bytes(len(message.best_ids)))
         case _:
             return message
+
+
+def _blank_output(output: Output) -> Output:
+    replace = msgspec.structs.replace
+    found = [replace(hypothesis, tokens=[0] * len(hypothesis.tokens)) for hypothesis in output.hypotheses]
+    return replace(output, tokens=[0] * len(output.tokens), hypotheses=found)
 
 
 def _blank_row(admitted: Admitted) -> Admitted:

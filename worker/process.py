@@ -333,7 +333,8 @@ class Worker:
             self._send(RequestFault(plan.epoch, plan.step, row, why))
         counts = pack(int(token is not None) for token in output.tokens)
         tokens = pack(token for token in output.tokens if token is not None)
-        self._send(StepResult(plan.epoch, plan.step, counts, tokens, took_us))
+        best = output.best_ids, output.best_logprobs
+        self._send(StepResult(plan.epoch, plan.step, counts, tokens, took_us, *best))
 
 
 def _measured(welcome: Welcome, rank: int, decoder: Decoder, between: Callable[[], None]) -> WorkerReady:

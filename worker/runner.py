@@ -19,6 +19,7 @@ from .decoder import Decoder
 from .kv_store import KvFile, KvStore, host_blocks
 from .plan import Columns, Ints, read_columns
 from .rows import Rows
+from .sampling.best import Best, best
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class StepOutput:
 
     tokens: list[int | None]
     faults: list[tuple[int, str]]  # (row, why)
+    best_ids: bytes = b""  # as in `StepResult`
+    best_logprobs: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Pending:
     rows: Ints  # that sampled
     ids: Tensor  # [len(rows)] int64
     faulty: Tensor  # [len(rows)] bool; of rank 0 alone
+    best: Best | None  # likewise; for the rows that asked
     done: torch.Event | None  # None: the device had no more to do when the launch returned
 
     @property
@@ -49,6 +53,7 @@ class Pending:
         return StepOutput(
             [None if wrong else token for token, wrong in zip(tokens, bad, strict=True)],
             [(row, "the model's logits are NaN") for row, wrong in zip(self.rows.tolist(), bad, strict=True) if wrong],
+            *(self.best.read() if self.best else ()),
         )
 
 
@@ -127,30 +132,32 @@ class Runner:
         self.store.check(plan, columns)
         self.store.copy(columns.copies)
         rows = columns.rows[columns.samples]
-        ids, faulty = self._run(columns, rows) if len(columns.rows) else _nothing()
-        return Pending(rows, ids, faulty, _event(self.decoder.device))
+        ids, faulty, likeliest = self._run(columns, rows) if len(columns.rows) else _nothing()
+        return Pending(rows, ids, faulty, likeliest, _event(self.decoder.device))
 
-    def _run(self, columns: Columns, rows: Ints) -> tuple[Tensor, Tensor]:
+    def _run(self, columns: Columns, rows: Ints) -> tuple[Tensor, Tensor, Best | None]:
         batch = self._batch(columns)
         hidden = self.decoder.forward(batch, self.cache, self.between)
         if not len(rows):
             return _nothing()
         logits = self.decoder.head(hidden[batch.last_s])[: len(rows)]
+        likeliest = None
         if self.group.rank == 0:
+            likeliest = best(logits, self.rows.sampling.num_candidates[rows])
             draws = self.rows.sampling.select(rows, self.rows.lengths[rows])
             ids, faulty = self.decoder.backend.sample(logits, draws, self.rows.tokens)
         else:
             ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
             faulty = torch.zeros(len(rows), dtype=torch.bool)
         self.rows.append(rows, self.group.broadcast(ids))
-        return ids, faulty
+        return ids, faulty, likeliest
 
     def _batch(self, columns: Columns) -> Batch:
         return build_batch(self.rows, columns, self.decoder.spec.windows, self.decoder.backend)
 
 
-def _nothing() -> tuple[Tensor, Tensor]:
-    return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)
+def _nothing() -> tuple[Tensor, Tensor, None]:
+    return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool), None
 
 
 def _event(device: torch.device) -> torch.Event | None:

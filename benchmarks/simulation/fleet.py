@@ -191,7 +191,7 @@ class Fleet:
         return [replica.load for replica in self.replicas]
 
     def _give_up(self, job: Job) -> None:
-        if job.finish is None and job.num_cached is None:
+        if job.num_cached is None:
             replica = self.replicas[job.replica]
             replica.policy.abort(job)
             replica.load -= weight(job)

@@ -1,7 +1,7 @@
 """How long a step takes: a roofline of a GPU and a model, or a line fitted to measured steps.
 
 Every figure of `H200` and `QWEN3_8B` is taken from measurements and shapes that others published; the comment beside
-it says which. With them the model gives 213, 788, 3,120, 10,100 and 20,100 tokens/s for 1, 4, 16, 64 and 256 streams of
+it says which. With them the model gives 212, 834, 3,133, 10,085 and 20,678 tokens/s for 1, 4, 16, 64 and 256 streams of
 128 + 1,024 tokens; vLLM 0.30 on an H100, scaled by bandwidth to an H200, gives 209, 785, 3,026, 9,376 and 19,104.
 """
 

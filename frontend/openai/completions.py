@@ -22,7 +22,7 @@ from .responses import Completion, CompletionChoice, usage_of
 router = APIRouter()
 
 MAX_PROMPTS = 1024
-MAX_SEQUENCES = 4096  # prompts times n
+MAX_SEQUENCES = 4096  # prompts times n, or times beams
 DEFAULT_MAX_TOKENS = 16
 
 
@@ -64,9 +64,9 @@ def prompts_of(prompt: Any, params: SamplingParams) -> list[str] | list[list[int
         raise RequestError(
             "prompt must be a string, a list of token ids, or a list of either, and not empty", param="prompt"
         )
-    if len(prompts) * params.n > MAX_SEQUENCES:
+    if len(prompts) * params.num_sequences > MAX_SEQUENCES:
         raise RequestError(
-            f"prompts times n may be {MAX_SEQUENCES} at most, got {len(prompts)} x {params.n}", param="n"
+            f"prompts times n may be {MAX_SEQUENCES} at most, got {len(prompts)} x {params.num_sequences}", param="n"
         )
     return prompts
 

@@ -90,6 +90,11 @@ class GenerationRequest(Body):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    use_beam_search: bool | None = None
+    best_of: int | None = None  # with use_beam_search: its width, n being the number of answers
+    beam_width: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, max_length=MAX_NAME)
@@ -163,7 +168,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
-    "best_of": (1,),
     "chat_template": (),
     "documents": ([],),
     "echo": (False,),  # of chat; completions declare it
@@ -174,7 +178,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "kv_transfer_params": (),
-    "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "logprobs": (False,),
     "mm_processor_kwargs": ({},),
@@ -194,7 +197,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "tools": ([],),
     "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }

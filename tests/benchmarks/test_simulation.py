@@ -201,11 +201,12 @@ def test_a_router_without_slack_is_refused() -> None:
 
 def test_the_vllm_like_policy_keeps_its_books_and_its_order() -> None:
     rng = Random(3)
-    policy = VllmLike(64, 16, 512, max_num_seqs=8, max_num_batched_tokens=96)
+    policy = VllmLike(32, 16, 512, max_num_seqs=8, max_num_batched_tokens=96)
     jobs = [
         job(i, Arrival(0.0, ((1, 40), (i + 10, rng.randrange(1, 120))), rng.randrange(1, 60)), 512) for i in range(60)
     ]
     began: list[int] = []
+    preempted = 0
     for one in jobs:
         policy.add(one)
     replica = Replica(0, setup("vllm", SMALL, Choice()), Witness())
@@ -215,10 +216,12 @@ def test_the_vllm_like_policy_keeps_its_books_and_its_order() -> None:
             step = policy.dispatched[-1]
             assert sum(unpack(step.plan.counts)) <= 96 and len(step.requests) <= 8
             policy.kv.check(request.blocks for request in policy.running)
+            assert [request.id for request in policy.waiting] == sorted(request.id for request in policy.waiting)
+            preempted += step.num_preempted
             began += [request.id for request in step.requests if request.id not in began]
         replica.land(1.0)
     assert began == sorted(began)
-    assert policy.kv.num_free == 64
+    assert policy.kv.num_free == 32 and preempted
 
 
 # --- work and figures ---------------------------------------------------------------------------------------------

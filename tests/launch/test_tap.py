@@ -20,6 +20,7 @@ from quire.common.messages import (
     GetJournal,
     Heartbeat,
     Hello,
+    Hypothesis,
     JournalWritten,
     Output,
     Outputs,
@@ -111,9 +112,9 @@ ROW = Admitted(0, pack(IDS), 5, SamplingParams(logit_bias={71: 1.0}), [1])
     "message",
     [
         SUBMIT,
-        Outputs([Output(3, 0, [71, 72])]),
+        Outputs([Output(3, 0, [71, 72], hypotheses=[Hypothesis([71, 72], "stop", 0.0, 0.0)])]),
         StepPlan(1, 1, [], [ROW], [], b"", pack([0]), pack([0]), pack([5]), b"\1"),
-        StepResult(1, 1, pack([1]), pack([71])),
+        StepResult(1, 1, pack([1]), pack([71]), 0, pack([71]), b"logp"),
     ],
     ids=lambda message: type(message).__name__,
 )

@@ -306,8 +306,9 @@ def test_every_attribute_of_a_scheduler_is_found_without_asking_for_its_dict() -
         for thing in saver._objects:
             held = getattr(thing, "__dict__", None)
             if held is not None and not isinstance(thing, type(test_a_state_comes_back_as_it_was)):
-                seen.add(type(thing))
-                assert set(held) <= set(snapshot.attributes(type(thing))), type(thing)
+                kind: Any = type(thing)
+                seen.add(kind)
+                assert set(held) <= set(snapshot.attributes(kind)), kind
     assert Scheduler in seen and len(seen) > 3
 
 

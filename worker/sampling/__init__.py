@@ -1,1 +1,1 @@
-"""The sampling parameters of running requests. What is done with them is `kernels/sampling.py`."""
+"""The sampling parameters of running requests, and what is read of their logits. What is computed is in `kernels/sampling.py`."""

@@ -40,6 +40,7 @@ class SamplingTable:
         self.num_prompt: Ints = np.zeros(num_rows, dtype=np.int64)
         self.integers: Ints = np.zeros((num_rows, 3), dtype=np.int64)  # top_k, seed, min_tokens
         self.numbers: Floats = np.zeros((num_rows, 6))  # temperature, top_p, min_p, repetition, presence, frequency
+        self.num_candidates: Ints = np.zeros(num_rows, dtype=np.int64)
         self.bias = Sparse(num_rows)
         self.stops = Sparse(num_rows)  # -inf
 
@@ -47,6 +48,7 @@ class SamplingTable:
         """`params` are resolved: the seed is a number and `stop_token_ids` holds every id that ends the output."""
         assert params.seed is not None, "sampling parameters are resolved before they reach a worker"
         self.num_prompt[row] = num_prompt
+        self.num_candidates[row] = params.num_candidates
         self.integers[row] = max(0, params.top_k), params.seed, params.min_tokens
         self.numbers[row] = (
             params.temperature,
