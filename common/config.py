@@ -47,6 +47,7 @@ class CacheConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     kv_cache_memory: Annotated[Positive | None, option("Memory of the KV cache per worker, in place of the share above (4GiB, 512MiB, ...).", aliases=("kv-cache-memory-bytes",), metavar="BYTES")] = None
     num_gpu_blocks_override: Annotated[Positive | None, option("Number of KV blocks, whatever the memory.", metavar="BLOCKS")] = None
     enable_prefix_caching: Annotated[bool, option("Share the KV blocks of equal prefixes.")] = True
+    max_pinned: Annotated[float, option("Share of the KV blocks that pinned prefixes (field cache_control) may keep from eviction, all tenants together.", ge=0.0, le=1.0, metavar="SHARE")] = 0.25
     swap_space: Annotated[Gibibytes | None, option("GiB of host memory, for each worker, that take the blocks the device has no room for. By default 4 beside a GPU, none on a CPU.", metavar="GIB")] = None
     kv_disk: Annotated[str | None, option("Directory for blocks that host memory has no room for either. What is there survives a restart.", metavar="DIR")] = None
     kv_disk_space: Annotated[float, option("GiB of --kv-disk, for each worker.", gt=0.0, le=65536.0, metavar="GIB")] = 16.0

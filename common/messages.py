@@ -1,46 +1,23 @@
-"""The two wires: frontend <-> scheduler and scheduler <-> worker, as tagged unions of structs.
+"""The two wires: frontend <-> scheduler and scheduler <-> worker, as tagged unions of structs."""
 
-Arrays on the wire: hot columns are packed little-endian int32 (`pack`/`unpack`), since a step of 256 rows decodes in
-3 us as columns and in 120 us as row structs. Structs are positional: a change of any field is a change of `PROTOCOL`,
-and peers of another protocol are refused at `Hello`.
-"""
-
-import sys
-from array import array
-from collections.abc import Iterable
-from typing import Annotated
-
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from .config import EngineConfig
 from .model_info import ModelInfo
+from .observing import GetJournal as GetJournal
+from .observing import JournalWritten as JournalWritten
+from .observing import Tap as Tap
+from .observing import Tapped as Tapped
+from .pins import GetPins, Pinned
 from .sampling import SamplingParams
-
-PROTOCOL = 3
-MAX_FRAME_BYTES = 64 << 20
-
-assert sys.byteorder == "little" and array("i").itemsize == 4, "the wire's columns are little-endian int32"
-
-
-def pack(values: Iterable[int]) -> bytes:
-    return array("i", values).tobytes()
-
-
-def unpack(column: bytes) -> list[int]:
-    """Raises ValueError when `column` is not a whole number of int32."""
-    values = array("i")
-    values.frombytes(column)
-    return values.tolist()
-
-
-class Message(Struct, tag=True, array_like=True, frozen=True, gc=False):
-    """Base of everything that crosses a process boundary."""
-
+from .wire import MAX_FRAME_BYTES as MAX_FRAME_BYTES
+from .wire import PROTOCOL as PROTOCOL
+from .wire import Label as Label
+from .wire import Message as Message
+from .wire import pack as pack
+from .wire import unpack as unpack
 
 # --- both wires -------------------------------------------------------------------------------------------------------
-
-
-Label = Annotated[str, Meta(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*\Z")]  # goes into logs as it is
 
 
 class Hello(Message, frozen=True):
@@ -122,6 +99,8 @@ class Submit(Message, frozen=True):
     quota: Quota = Quota()  # of the tenant; not charged for what is submitted again
     timeout_s: float = 0.0  # until the last token
     max_queue_s: float = 0.0  # until the first place in a step; void once there is output
+    pin_s: float = 0.0  # keep the prompt's KV for so long
+    pin_tokens: int = 0  # so much of it; 0: all
 
 
 class Abort(Message, frozen=True):
@@ -344,51 +323,7 @@ class Shutdown(Message, frozen=True):
     """Finish and exit with code 0."""
 
 
-# --- observer <-> scheduler, on the frontends' wire -------------------------------------------------------------------
-
-
-class GetJournal(Message, frozen=True):
-    """Asks for `JournalWritten`. Token ids are replaced, unless `reveal` asks for them and the engine allows it."""
-
-    reveal: bool = False
-
-
-class JournalWritten(Message, frozen=True):
-    """Where the scheduler's host has it now; or `why` it has not."""
-
-    path: str
-    num_bytes: int
-    why: str = ""
-
-
-class Tap(Message, frozen=True):
-    """Asks for copies of what is said on both wires. Said again for every `Tapped`: what was not acknowledged is bounded,
-    and what does not fit is not copied. Token ids are zeros, unless `reveal` asks for them and the engine allows it."""
-
-    reveal: bool = False
-    received: int = 0  # bytes so far, of bodies and `COPY_BYTES` for each
-
-
-COPY_BYTES = 100  # what else there is to a copy
-
-
-class Copied(Struct, array_like=True, frozen=True, gc=False):
-    """A message that the scheduler has heard or said."""
-
-    at: float  # seconds since 1970
-    wire: str  # "frontends" or "workers"
-    inbound: bool
-    peer: str  # its name
-    body: bytes  # as in a frame; empty when the conversation was lost
-
-
-class Tapped(Message, frozen=True):
-    copies: list[Copied]
-    dropped: int  # since the tap began
-    why: str = ""  # it cannot be as it was asked for
-
-
-FromFrontend = Hello | Heartbeat | Submit | Abort | GetStats | GetJournal | Tap
-ToFrontend = Welcome | Refused | Heartbeat | Status | Outputs | Stats | Shutdown | JournalWritten | Tapped
+FromFrontend = Hello | Heartbeat | Submit | Abort | GetStats | GetPins | GetJournal | Tap
+ToFrontend = Welcome | Refused | Heartbeat | Status | Outputs | Stats | Pinned | Shutdown | JournalWritten | Tapped
 FromWorker = Hello | Heartbeat | Progress | WorkerReady | Allocated | StepResult | RequestFault | Left | WorkerFault
 ToWorker = Welcome | Refused | Heartbeat | Allocate | StepPlan | Shutdown

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..common.config import ServerConfig
 from ..common.errors import EngineError, RequestError
-from . import errors, routes
+from . import errors, pins, routes
 from .connections import Connections, affordable
 from .description import DescribedAPI
 from .keys import KeyRing
@@ -53,7 +53,7 @@ def _routes(service: Service) -> FastAPI:
     app = DescribedAPI(title="Quire", version=version("quire"), redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.state.large_bodies = asyncio.Lock()
-    for router in (routes.router, models.router, completions.router, chat.router):
+    for router in (routes.router, pins.router, models.router, completions.router, chat.router):
         app.include_router(router)
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(EngineError, _engine_error)

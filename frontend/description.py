@@ -11,6 +11,7 @@ from msgspec import Struct
 from .middleware import OPEN_PATHS
 from .openai.models import ModelCard, ModelList
 from .openai.responses import ChatCompletion, Completion
+from .pins import PinList
 from .routes import Detokenized, Tokenized
 
 COMPONENT = "#/components/schemas/{name}"
@@ -23,6 +24,7 @@ EVENTS = {"text/event-stream": {"schema": EVENT}}
 ANSWERS: Mapping[str, type[Struct]] = {
     "/tokenize": Tokenized,
     "/detokenize": Detokenized,
+    "/pins": PinList,
     "/v1/models": ModelList,
     "/v1/models/{name}": ModelCard,
     "/v1/completions": Completion,

@@ -29,6 +29,7 @@ from ..common.messages import (
     Welcome,
 )
 from ..common.model_info import ModelInfo
+from ..common.pins import GetPins, Pinned
 from ..common.sampling import SamplingParams
 from .errors import retry_after
 from .scheduler_link import SchedulerLink
@@ -38,6 +39,7 @@ from .streams import EngineDead, Routing, TokenStream
 log = logging.getLogger(__name__)
 
 STATS_TIMEOUT_S = 1.0
+PINS_TIMEOUT_S = 1.0
 CONNECTING = Status(phase="connecting")
 SERVING = frozenset({"ready", "recovering", "stalled"})  # phases in which the scheduler takes sequences
 QUEUED_PER_SEQ = 16  # what --max-num-queued-reqs is by default, for each of --max-num-seqs
@@ -62,6 +64,8 @@ class EngineClient:
         self._changed = asyncio.Event()
         self._stats = b""
         self._stats_waiter: asyncio.Future[bytes] | None = None
+        self._pin_waiters: dict[int, asyncio.Future[Pinned]] = {}  # by serial
+        self._pin_serial = 0
 
     async def __aenter__(self) -> "EngineClient":
         self._link.connect(self._address, self._keys)
@@ -166,6 +170,21 @@ class EngineClient:
             self._stats_waiter = None
             return self._stats
 
+    async def pins(self, *, unpin: bool = False, tenant: str | None = None, id: int = 0) -> Pinned:
+        """What is pinned: all, or a tenant's, or the one of this id; with `unpin` it is no more. Raises RequestError when
+        no scheduler answers: it may have heard, then."""
+        self._pin_serial = serial = self._pin_serial + 1
+        waiter: asyncio.Future[Pinned] = asyncio.get_running_loop().create_future()
+        self._pin_waiters[serial] = waiter
+        self._link.post(GetPins(serial, unpin, tenant, id))
+        try:
+            async with asyncio.timeout(PINS_TIMEOUT_S):
+                return await waiter
+        except TimeoutError:
+            raise RequestError("the scheduler does not answer", status=503, headers=retry_after(1)) from None
+        finally:
+            del self._pin_waiters[serial]
+
     # --- what the scheduler says --------------------------------------------------------------------------------------
 
     def _hear(self, message: ToFrontend | Lost) -> None:
@@ -183,6 +202,9 @@ class EngineClient:
                 if self._stats_waiter is not None and not self._stats_waiter.done():
                     self._stats_waiter.set_result(message.text)
                 self._stats_waiter = None
+            case Pinned(serial):
+                if (waiter := self._pin_waiters.get(serial)) is not None and not waiter.done():
+                    waiter.set_result(message)
             case Refused():
                 self._end(ConfigError(f"the scheduler at {self._address} refused the connection: {message.why}"))
             case Shutdown():

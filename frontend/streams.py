@@ -41,6 +41,8 @@ class Routing(Struct, frozen=True, kw_only=True):
     quota: Quota = Quota()  # of the tenant
     timeout_s: float = 0.0  # from `arrival` to the last token; 0: none
     max_queue_s: float = 0.0  # from `arrival` until anything is computed; 0: none
+    pin_s: float = 0.0  # keep the prompt's KV for so long
+    pin_tokens: int = 0  # so much of it; 0: all
 
 
 class TokenStream:
@@ -105,6 +107,8 @@ class TokenStream:
             quota=self.routing.quota,
             timeout_s=self.routing.timeout_s,
             max_queue_s=self.routing.max_queue_s,
+            pin_s=self.routing.pin_s,
+            pin_tokens=self.routing.pin_tokens,
         )
 
     def accept(self, output: Output) -> None:

@@ -111,6 +111,11 @@ class Tokenizer:
 
         return await self._off_loop(rendered_and_encoded)
 
+    async def shared_with_chat(self, ids: Sequence[int], messages: Sequence[Message], options: ChatOptions) -> int:
+        """How many of `ids`, a conversation's, the beginning of that conversation has as well. Raises as `encode_chat`."""
+        head = await self.encode_chat(messages, options)
+        return await self._off_loop(lambda: _num_shared(ids, head))
+
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return await self._off_loop(lambda: decode(self.backend, ids, skip_special_tokens=skip_special_tokens))
 
@@ -151,6 +156,11 @@ class Tokenizer:
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _num_shared(ids: Sequence[int], others: Sequence[int]) -> int:
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(ids), len(others)))
 
 
 def _default_template(template: "str | dict[str, str] | None") -> str | None:

@@ -154,6 +154,8 @@ def _repeat_rare(scheduler: Scheduler, entry: Entry) -> None:
     match entry:
         case journal.Faulted(step, row, why):
             scheduler.fault(step, row, why)
+        case journal.Unpinned(ids, why):
+            scheduler.unpin(ids, why)
         case journal.Shrunk():
             scheduler.shrink()
         case journal.Blamed():

@@ -13,9 +13,7 @@ import msgspec
 from ..common.channel import Codec
 from ..common.errors import ConfigError
 from ..common.messages import (
-    COPY_BYTES,
     Abort,
-    Copied,
     FromFrontend,
     FromWorker,
     Heartbeat,
@@ -34,6 +32,7 @@ from ..common.messages import (
     Welcome,
     unpack,
 )
+from ..common.observing import COPY_BYTES, Copied
 from .arguments import Parser
 from .component import told
 from .engine import add_engine, engine, heard

@@ -17,7 +17,7 @@ class BlockPool:
     """Blocks 1 to `num_blocks`, reference-counted. Every operation is O(1) for a block.
 
     A block that nobody holds is free, and keeps its published content until it is handed out again. Free blocks
-    without content go first, then those unused for longest.
+    without content go first, then those unused for longest. One that is pinned is not free, held or not.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -26,6 +26,8 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
         self._content: dict[int, tuple[bytes, bytes]] = {}  # block -> digest of its prefix, bytes of its own tokens
         self._by_digest: dict[bytes, int] = {}
+        self.pinned: dict[int, int] = {}  # block -> how often; published ones
+        self.num_idle = 0  # pinned blocks that nobody holds
         self.num_released = 0  # times that a block came free
 
     @property
@@ -37,7 +39,11 @@ class BlockPool:
         return len(self._content)
 
     def is_free(self, block: int) -> bool:
-        return self._refs[block] == 0
+        return block in self._free
+
+    def is_idle(self, block: int) -> bool:
+        """Whether nothing but a pin keeps it."""
+        return block in self.pinned and self._refs[block] == 0
 
     def take(self, count: int) -> list[int]:
         """`count` blocks to write to, held once; their old content is forgotten. There must be that many free ones."""
@@ -64,7 +70,10 @@ class BlockPool:
         """One more holder for each block that `find` returned."""
         for block in blocks:
             if self._refs[block] == 0:
-                del self._free[block]
+                if block in self.pinned:
+                    self.num_idle -= 1
+                else:
+                    del self._free[block]
             self._refs[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -73,10 +82,27 @@ class BlockPool:
             self._refs[block] -= 1
             assert self._refs[block] >= 0, f"block {block} was released too often"
             if self._refs[block] == 0:
-                self._free[block] = None
                 self.num_released += 1
-                if block not in self._content:
-                    self._free.move_to_end(block, last=False)
+                if block in self.pinned:
+                    self.num_idle += 1
+                else:
+                    self._set_free(block)
+
+    def pin(self, block: int) -> None:
+        """Keep a published block from being handed out, though nobody holds it, until it is unpinned as often."""
+        if block not in self.pinned and self._refs[block] == 0:
+            del self._free[block]
+            self.num_idle += 1
+        self.pinned[block] = self.pinned.get(block, 0) + 1
+
+    def unpin(self, block: int) -> None:
+        self.pinned[block] -= 1
+        if not self.pinned[block]:
+            del self.pinned[block]
+            if self._refs[block] == 0:
+                self.num_idle -= 1
+                self.num_released += 1
+                self._set_free(block)
 
     def publish(self, block: int, digest: bytes, tokens: bytes) -> None:
         """Let `find` return a held block. No effect when a block of equal content, or this one, is published."""
@@ -122,11 +148,19 @@ class BlockPool:
         """
         holders = Counter(block for table in tables for block in table)
         assert NULL_BLOCK not in holders and NULL_BLOCK not in self._free, "the null block was handed out"
-        assert len(self._free) + len(holders) == self.num_blocks, "a block is neither free nor held"
+        assert len(self._free) + self.num_idle + len(holders) == self.num_blocks, "a block is neither free nor held"
+        assert self.num_idle == sum(block not in holders for block in self.pinned), "idle blocks are miscounted"
+        assert self.pinned.keys() <= self._content.keys(), "a block is pinned that nobody can find"
         assert len(self._content) == len(self._by_digest), "index out of step"
         for block in range(1, self.num_blocks + 1) if blocks is None else blocks:
             refs = self._refs[block]
             assert refs == holders[block], f"block {block} counts {refs} holders and has {holders[block]}"
-            assert (block in self._free) == (refs == 0), f"block {block} with {refs} holders is in the wrong place"
+            free = refs == 0 and block not in self.pinned
+            assert (block in self._free) == free, f"block {block} with {refs} holders is in the wrong place"
             if content := self._content.get(block):
                 assert self._by_digest.get(content[0]) == block, f"block {block} is not found by its content"
+
+    def _set_free(self, block: int) -> None:
+        self._free[block] = None
+        if block not in self._content:
+            self._free.move_to_end(block, last=False)

@@ -18,7 +18,7 @@ from math import inf
 
 from .request import Account, Request
 
-SAVED = 32_768.0  # of a level, that a tenant may be behind when it comes back, and so catch up with
+SAVED = 131_072.0  # of a level, that a tenant may be behind when it comes back, and so catch up with: four long prompts
 OUTPUT_COST = 2.0  # of a token, a prompt's being 1: as in the paper, and about what their prices are
 KEPT_ROWS = 16  # one of so many is kept from those that hold more than an equal part of them
 LATELY = 16  # times that, and a tenant that left is forgotten; for its level, once would do

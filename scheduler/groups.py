@@ -22,6 +22,18 @@ from .rows import Rows
 from .suspects import Suspects
 
 
+@dataclass(slots=True)
+class Answer:
+    """`tokens` are the one that the workers have put into the row, and the likeliest, whose `logprobs` these are."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+    @property
+    def following(self) -> Candidates:
+        return list(zip(self.tokens[1:], self.logprobs, strict=True))
+
+
 @dataclass(slots=True, eq=False)
 class Group:
     """`members` are as many as the search is wide, and the first is the one that the client knows."""
@@ -29,8 +41,8 @@ class Group:
     search: Search
     members: list[Request]
     beams: list[Request]  # those that hold a beam now, best first
-    sampled: dict[Request, int] = field(default_factory=dict)  # the tokens that the workers have put into their rows
-    answers: dict[Request, Candidates] = field(default_factory=dict)
+    answers: dict[Request, Answer] = field(default_factory=dict)
+    num_named: int = 0  # blocks of the prompt: beams have names of their own behind them
 
 
 def begin(request: Request, first_arrival: int) -> Sequence[Request]:
@@ -48,6 +60,7 @@ def begin(request: Request, first_arrival: int) -> Sequence[Request]:
             digests=[],
             num_cached=0,
             charged=request.num_prompt,
+            pin_s=0.0,
         )
         for i in range(1, request.sampling.beam_width)
     ]
@@ -85,6 +98,8 @@ class Groups:
     def enter(self, members: Sequence[Request]) -> None:
         """What has begun waits; of a group the first, until there is something for the others."""
         for request in members:
+            if request.group is not None:
+                request.group.num_named = request.num_prompt // self._kv.block_size
             self._waiting.enter(request)
             self._suspects.note(request)
         for request in members[1:]:
@@ -105,7 +120,7 @@ class Groups:
         """The answer of a beam, whose row holds `token` now. Whether that was the last one, and the search is over."""
         group = request.group
         assert group is not None, request
-        group.answers[request], group.sampled[request] = following, token
+        group.answers[request] = Answer([token, *(id for id, _ in following)], [logprob for _, logprob in following])
         request.limit = len(request.tokens)  # no more than it has
         if request.row is None:
             self._park(request)
@@ -114,7 +129,7 @@ class Groups:
         if len(group.answers) < len(group.beams):
             return False
         children = group.search.advance(
-            [beam.tokens for beam in group.beams], [group.answers[beam] for beam in group.beams]
+            [beam.tokens for beam in group.beams], [group.answers[beam].following for beam in group.beams]
         )
         if not group.search.over:
             self._fork(group, children)
@@ -138,10 +153,11 @@ class Groups:
             if heirs[parent] != index:
                 request = free.pop(0)
                 request.tokens = parent.tokens[:]
+                self._kv.rename(request, parent)
                 self._take_over(request, parent)
             elif request.row is None:
                 self._wait(request)
-            elif token != group.sampled[request]:
+            elif token != group.answers[request].tokens[0]:
                 self._rows.rewrite(request)
             beams.append(request)
         for request, (_, token) in zip(beams, children, strict=True):
@@ -150,7 +166,6 @@ class Groups:
         assert not free, "a search is as wide at each step as at the others"
         group.beams = beams
         group.answers.clear()
-        group.sampled.clear()
 
     def _take_over(self, request: Request, parent: Request) -> None:
         """Go on where the parent is, if there is room for that now; or wait."""
@@ -189,6 +204,6 @@ def _heirs(group: Group, children: Sequence[Child]) -> dict[Request, int]:
     heirs: dict[Request, int] = {}
     for index, (beam, token) in enumerate(children):
         parent = group.beams[beam]
-        if parent not in heirs or token == group.sampled[parent]:
+        if parent not in heirs or token == group.answers[parent].tokens[0]:
             heirs[parent] = index
     return heirs

@@ -8,6 +8,7 @@ from .request import Request
 from .suspects import FAIL_AT
 
 TYPE = "i"  # int32, as `messages.pack` writes
+MAX_PIN_S = 86400.0
 
 
 class Malformed(ValueError):
@@ -38,6 +39,8 @@ def request(submit: Submit, client: bytes, vocab_size: int, arrived_at: float) -
         tenant=submit.tenant,
         quota=submit.quota,
         strikes=min(max(0, submit.attempts), FAIL_AT),
+        pin_s=min(max(0.0, submit.pin_s), MAX_PIN_S),  # in this order NaN is 0
+        pin_tokens=submit.pin_tokens if 0 < submit.pin_tokens < len(prompt) else len(prompt),
     )
 
 

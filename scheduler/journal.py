@@ -12,7 +12,7 @@ only behind the one before it.
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
@@ -56,6 +56,11 @@ class Aborted(Record, frozen=True):
 
 class Expired(Record, frozen=True):
     arrival: int
+    why: str
+
+
+class Unpinned(Record, frozen=True):
+    ids: list[int]
     why: str
 
 
@@ -105,7 +110,19 @@ class Raised(Record, frozen=True):
 
 
 Entry = (
-    Began | Added | Aborted | Expired | Planned | NotPlanned | Answered | Faulted | Shrunk | Blamed | Regrouped | Raised
+    Began
+    | Added
+    | Aborted
+    | Expired
+    | Unpinned
+    | Planned
+    | NotPlanned
+    | Answered
+    | Faulted
+    | Shrunk
+    | Blamed
+    | Regrouped
+    | Raised
 )
 
 
@@ -225,6 +242,10 @@ class Journaled(Scheduler):
     def expire(self, request: Request, why: str) -> Output:
         self.journal.note(Expired(request.arrival, why))
         return super().expire(request, why)
+
+    def unpin(self, ids: Sequence[int], why: str) -> None:
+        self.journal.note(Unpinned(list(ids), why), ENTRY_BYTES + 8 * len(ids))
+        super().unpin(ids, why)
 
     def schedule(self) -> Step | None:
         journal = self.journal

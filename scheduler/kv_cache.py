@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from ..common.messages import pack
 from . import prefix_cache
 from .blocks import NULL_BLOCK, BlockPool, blocks_for
+from .pins import Pins
 from .request import Request
-from .tiers import Copies, Tier, Written
+from .tiers import Copies, Tier, Worth, Written
 
 WORTH_WAITING = 64  # tokens that somebody else computes now; for fewer a step's wait is the greater loss
+
+
+def _unknown(_start: int, _count: int) -> float | None:
+    """What a prefill takes, before anything was measured."""
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,8 @@ class Refusal:
 
 class KvCache:
     """`num_blocks` blocks of `block_size` tokens on the device and, behind them, `num_host_blocks` in host memory and
-    `num_disk_blocks` in a file. With `caching`, equal prefixes share blocks. A model sees `window` tokens, or all if 0."""
+    `num_disk_blocks` in a file. With `caching`, equal prefixes share blocks, and a share of `max_pinned` of the device's
+    may be pinned. A model sees `window` tokens, or all if 0."""
 
     def __init__(
         self,
@@ -47,26 +54,29 @@ class KvCache:
         num_host_blocks: int = 0,
         num_disk_blocks: int = 0,
         window: int = 0,
+        max_pinned: float = 0.0,
     ) -> None:
         self.num_blocks, self.block_size, self.caching = num_blocks, block_size, caching
         self.num_host_blocks = num_host_blocks
         self.window = window
         self.pool = BlockPool(num_blocks)
+        self.pins = Pins(self.pool, int(max_pinned * num_blocks) if caching else 0)
         self.disk = Tier(BlockPool(num_disk_blocks), num_blocks + num_host_blocks, log=[]) if num_disk_blocks else None
         self.saved = self._host() or self.disk
         self.worth_waiting = WORTH_WAITING
-        self.prefill_s: Callable[[int, int], float | None] = lambda start, count: None
-        self.moved: Counter[str] = (
-            Counter()
-        )  # blocks that were "saved", "restored", and "recomputed" though they were saved
+        self.prefill_s: Callable[[int, int], float | None] = _unknown
+        self.moved: Counter[str] = Counter()  # blocks: "saved", "restored", and "recomputed" though they were saved
         self._copies: Copies = []  # of the plan in the making
         self._forked = False  # some are made before it
         self._coming: dict[bytes, Request] = {}  # full blocks that are to be computed, and for whom
+        self._coming_back: set[bytes] = set()  # blocks of preempted requests
+        self._worth = Worth(num_host_blocks or num_disk_blocks)
         self._refused: Refusal | None = None
 
     @property
     def num_free(self) -> int:
-        return self.pool.num_free
+        """Blocks that those who run can have. What is pinned and in no use is not worth preempting anybody."""
+        return self.pool.num_free + self.pool.num_idle
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens`."""
@@ -83,18 +93,29 @@ class KvCache:
         """The cached blocks to begin a waiting request with; None when there is no room for it now.
 
         All its known tokens must fit, though they may be computed in chunks: a request that is let in by its first
-        chunk alone would be preempted halfway. `reserve` blocks stay free.
+        chunk alone would be preempted halfway. `reserve` blocks stay free. Pins are given up where nobody runs who could
+        make room.
         """
-        if not self.pool.num_free or self._still_refused(request):
+        if not self.num_free or self._still_refused(request):
             return None  # it needs one block at least, for the token that no cache gives
         found = self._match(request)
         on_device = [block for block in found if block <= self.num_blocks]
         needed = self.blocks_for(len(request.tokens)) - len(on_device) + reserve
-        if needed > self.pool.num_free - sum(map(self.pool.is_free, on_device)):
+        if self.num_free == self.num_blocks:
+            self._unpin_for(needed, on_device)
+        if needed > self._room_beside(on_device):
             end = request.digests[len(found)] if len(found) < len(request.digests) else b""
             self._refused = Refusal(request, self.pool.num_released, end)
             return None
         return Hit(found, self._worth_waiting(request, len(found)))
+
+    def find_at_any_cost(self, request: Request, reserve: int) -> Hit | None:
+        """As `find`, for a request that others are about to be preempted for: pins are given up first."""
+        if (hit := self.find(request, reserve)) is not None or not self.pool.num_idle:
+            return hit
+        on_device = [block for block in self._match(request) if block <= self.num_blocks]
+        self._unpin_for(self.blocks_for(len(request.tokens)) - len(on_device) + reserve, on_device)
+        return self.find(request, reserve)
 
     def awaits(self, request: Request) -> bool:
         """Whether it is better for the request to wait for what is being computed for another one."""
@@ -115,7 +136,15 @@ class KvCache:
             self.saved.release(saved)
         request.computed = len(hit.blocks) * self.block_size
         request.publish_at = request.computed + self.block_size if self._naming else prefix_cache.NEVER
+        if saved:
+            names = zip(hit.blocks, request.digests, strict=False)
+            self._worth.restored(
+                sum(block > self.num_blocks and name not in self._coming_back for block, name in names)
+            )
+        if self._coming_back:
+            self._coming_back.difference_update(request.digests)
         self._expect(request)
+        self.pins.ask(request, self.block_size)
 
     def grow(self, request: Request, count: int) -> list[int]:
         """`count` more blocks, which must be free."""
@@ -129,15 +158,20 @@ class KvCache:
         prefix_cache.publish(self.pool, request, self.block_size)
         if self._coming and request.publish_at != prefix_cache.NEVER:
             self._expected(request, request.digests[first : request.publish_at // self.block_size - 1])
+        if request.pin_s:
+            self.pins.ask(request, self.block_size)
+
+    def rename(self, request: Request, parent: Request) -> None:
+        """A request that holds nothing has got another one's tokens."""
+        self._refused = None
+        request.digests, request.private = parent.digests[:], parent.private
 
     def fork(self, request: Request, parent: Request) -> bool:
-        """Let a request that holds nothing go on where another one is: full blocks are shared, and the next plan copies
-        the last one if it is not full (copy on write). Its tokens are its own affair. False if there is nothing to go on
-        with, or no block for the copy: then it is as if it had been preempted there."""
-        self._refused = None  # its tokens have changed
-        request.digests, request.private = parent.digests[:], parent.private
+        """Let a request that holds nothing go on where the one is whose tokens it has: full blocks are shared, and the
+        next plan copies the last one if it is not full (copy on write). False if there is nothing to go on with, or no
+        block for the copy."""
         full, rest = divmod(parent.computed, self.block_size)
-        if not parent.blocks or (rest and not self.pool.num_free):
+        if not parent.blocks or (rest and not self.num_free):
             return False
         request.blocks = parent.blocks[:full]
         self.pool.share(request.blocks[parent.retired :])
@@ -156,6 +190,15 @@ class KvCache:
         self.pool.release(request.blocks[request.retired :])
         request.blocks, request.computed, request.retired = [], 0, 0
 
+    def planned(self, requests: Iterable[Request], ripe: Iterable[Request]) -> None:
+        """A plan of these is made. Only now is shared what it fills, and given back what is not seen behind it: nothing in
+        it may read what it writes."""
+        for request in ripe:
+            self.publish(request)
+        if self.window:
+            for request in requests:
+                self.retire(request)
+
     def retire(self, request: Request) -> None:
         """Give back the blocks that no query sees any more. Its table keeps their places. To be called behind the plan,
         and behind `publish`: what the plan reads may go to the next one, and what is shared is named first."""
@@ -168,15 +211,22 @@ class KvCache:
             request.blocks[first:end] = [NULL_BLOCK] * (end - first)
             request.retired = end
 
+    def comes_back(self, request: Request) -> None:
+        """It has left, and will want what was computed for it."""
+        if self.saved is not None:
+            self._coming_back.update(request.digests)
+
     def end(self, request: Request) -> None:
         """It does not come back."""
+        if self._coming_back:
+            self._coming_back.difference_update(request.digests)
         if request.private:
             self._forget(request.digests)
 
     def forget(self, request: Request) -> None:
         """What was computed for it is wrong: let nobody find it. Whoever shares it now has computed with it already."""
         self._forget(request.digests)
-        request.publish_at = prefix_cache.NEVER
+        request.publish_at, request.pin_s = prefix_cache.NEVER, 0.0
 
     def gain(self, leaving: Iterable[Request], staying: Iterable[Request]) -> int:
         """Blocks that come free when `leaving` leave and `staying` do not."""
@@ -210,6 +260,7 @@ class KvCache:
         """The workers are gone, with all that was in their memory; on disk, what was `unsure` may not have been written.
         Requests must not hold blocks any more."""
         self.pool = BlockPool(self.num_blocks)
+        self.pins.lose(self.pool)
         block_s = self.saved.block_s if self.saved is not None else 0.0
         self.saved = self._host() or self.disk
         if self.saved is not None:
@@ -221,12 +272,14 @@ class KvCache:
         self._copies.clear()
         self._forked = False
         self._coming.clear()
+        self._coming_back.clear()
         self._refused = None
 
     def check(self, requests: Iterable[Request], blocks: range | None = None) -> None:
         """Raises AssertionError when books and holdings differ, `requests` being all that hold blocks."""
         assert self._forked or not self._copies, "a copy that no plan makes"
         self.pool.check((request.blocks[request.retired :] for request in requests), blocks)
+        self.pins.check()
         for tier in self.saved or ():
             tier.pool.check((), blocks and range(blocks.start, min(blocks.stop, tier.pool.num_blocks + 1)))
 
@@ -300,11 +353,27 @@ class KvCache:
         if self.saved is not None:
             self.saved.hold(saved)
 
+    def _room_beside(self, found: list[int]) -> int:
+        """Free blocks, if those that were found are taken up as well."""
+        return self.pool.num_free - sum(map(self.pool.is_free, found))
+
+    def _unpin_for(self, needed: int, found: list[int]) -> None:
+        """Give up pins until there is so much room beside the blocks that were found, or there are no more."""
+        while (lacking := needed - self._room_beside(found)) > 0 and self.pool.num_idle:
+            self.pins.free(self.pool.num_free + min(lacking, self.pool.num_idle))
+
     def _take(self, count: int) -> list[int]:
         """Blocks to write to; what they held is saved."""
+        if self.pool.num_free < count:
+            self.pins.free(count)
         if self.saved is not None:
             before = len(self._copies)
+            compute_s = self.prefill_s(0, self.block_size)
             for block, digest, tokens in self.pool.evict(count):
+                if digest not in self._coming_back:
+                    if not self._worth.pays(compute_s, self.saved.block_s):
+                        continue
+                    self._worth.saved()
                 self.saved.save(block, digest, tokens, self._copies)
             self.moved["saved"] += len(self._copies) - before
         return self.pool.take(count)
@@ -315,7 +384,11 @@ class KvCache:
         return block
 
     def _forget(self, digests: Iterable[bytes]) -> None:
+        forgotten: set[int] = set()
         for digest in digests:
-            self.pool.forget(digest)
+            if (block := self.pool.forget(digest)) is not None:
+                forgotten.add(block)
             if self.saved is not None:
                 self.saved.forget(digest)
+        if not forgotten.isdisjoint(self.pool.pinned):
+            self.pins.forget(forgotten)

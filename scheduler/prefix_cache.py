@@ -15,11 +15,16 @@ from .request import Request
 NEVER = sys.maxsize  # as `publish_at`: this request's blocks are not shared
 
 
+def nowhere(_digest: bytes, _tokens: bytes) -> int | None:
+    """Nothing is kept behind the device."""
+    return None
+
+
 def match(
     pool: BlockPool,
     request: Request,
     block_size: int,
-    elsewhere: Callable[[bytes, bytes], int | None] = lambda digest, tokens: None,
+    elsewhere: Callable[[bytes, bytes], int | None] = nowhere,
 ) -> list[int]:
     """The longest chain of blocks that are published, or found `elsewhere` by name and tokens, from the beginning of the
     request. At least one token is left to compute."""

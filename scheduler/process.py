@@ -36,6 +36,7 @@ from ..common.messages import (
     WorkerReady,
 )
 from ..common.model_info import ModelInfo
+from ..common.pins import GetPins
 from ..common.process import on_termination
 from . import startup
 from .disk_index import DiskIndex
@@ -49,7 +50,7 @@ from .workers import Claim, WorkerGroup
 log = logging.getLogger(__name__)
 
 STARTING_POLL_S = 0.1  # how often progress is passed on while workers start
-NOT_READY_RETRY_S = 1.0
+NOT_READY, NOT_READY_RETRY_S = "the engine is not ready", 1.0
 OUT_OF_MEMORY = "out_of_memory"  # a cause of losses; the others are words as good
 FRAMES_PER_TURN = 1024  # of each wire: a flood on one does not starve the other
 
@@ -174,8 +175,7 @@ class Process:
             case Heartbeat(_, bad_frames):
                 self._recorder.bad_frames_of(identity, "frontends", bad_frames)
             case Submit() if self._serving is None:
-                why = "the engine is not ready"
-                output = Output(message.id, 0, [], "error", 0, why, "overloaded", NOT_READY_RETRY_S)
+                output = Output(message.id, 0, [], "error", 0, NOT_READY, "overloaded", NOT_READY_RETRY_S)
                 self._to_frontends.send(identity, Outputs([output]))
             case Submit() if peer.role == "frontend":
                 assert self._serving is not None
@@ -184,9 +184,10 @@ class Process:
                 self._serving.abort(identity, message.ids, now)
             case GetJournal() | Tap() if peer.role == "observer":
                 self._sight.asked(identity, message)
+            case GetPins() if self._serving is not None:
+                self._to_frontends.send(identity, self._serving.pins(message, now))
             case GetStats():
-                if self._serving is not None:
-                    self._recorder.levels(self._serving.scheduler)
+                self._recorder.levels(self._serving.scheduler if self._serving is not None else None)
                 self._to_frontends.send(identity, Stats(self._recorder.metrics.render()))
 
     def _drop_frontend(self, identity: bytes, why: str) -> None:

@@ -76,6 +76,14 @@ class WaitingQueue:
         tenants.remove(request)
         self._num -= 1
 
+    def part_of(self, tenant: str) -> tuple[int, int]:
+        """Requests of a tenant, those that run included, and how many tenants have any, this one included."""
+        accounts = [
+            account for tenants in self._tenants.values() for account in tenants.accounts if account.num_requests
+        ]
+        held = sum(account.num_requests for account in accounts if account.tenant == tenant)
+        return held, len({account.tenant for account in accounts} | {tenant})
+
     def check(self, running: Iterable[Request]) -> None:
         """Raises AssertionError when those who are counted are not those who wait and run."""
         for request in self:

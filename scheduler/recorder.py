@@ -19,6 +19,7 @@ class Recorder:
         self._model = model
         self._caching = caching
         self._moved: Counter[str] = Counter()  # blocks, at the last look
+        self._unpinned: Counter[str] = Counter()  # likewise
         self._bad_frames: OrderedDict[bytes, int] = OrderedDict()  # that a peer has reported
 
     def rejected(self, reason: str) -> None:
@@ -103,8 +104,10 @@ class Recorder:
     def recovered(self, took_s: float) -> None:
         self.metrics.recovery_time.observe(took_s)
 
-    def levels(self, scheduler: Scheduler) -> None:
-        """Gauges are set when somebody looks."""
+    def levels(self, scheduler: Scheduler | None) -> None:
+        """Gauges are set when somebody looks, and there is something to see."""
+        if scheduler is None:
+            return
         pool, metrics = scheduler.kv.pool, self.metrics
         metrics.running.set(len(scheduler.running))
         metrics.waiting.set(len(scheduler.waiting))
@@ -114,4 +117,8 @@ class Recorder:
         for how, count in (scheduler.kv.moved - self._moved).items():
             metrics.blocks_moved.labels(self._model, how).inc(count)
         self._moved = scheduler.kv.moved.copy()
+        metrics.blocks_pinned.set(len(pool.pinned))
+        for why, count in (scheduler.kv.pins.given_up - self._unpinned).items():
+            metrics.blocks_unpinned.labels(self._model, why).inc(count)
+        self._unpinned = scheduler.kv.pins.given_up.copy()
         metrics.kv_usage.set(1 - pool.num_free / pool.num_blocks)

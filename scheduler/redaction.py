@@ -4,6 +4,9 @@ What the scheduler reads of token ids is which are equal, so a secret permutatio
 prefixes are shared and outputs end as before. Names of blocks, salts, tenants and clients become keyed hashes; names
 that the replay would compute of other tokens are given to it. The key is drawn for each file and kept nowhere.
 
+Blocks behind the prompt of a beam search get names of their own: where another request came to the same tokens and found
+them, a replay does not.
+
 It hides text from whoever reads the file. It is a substitution all the same: who has much of it can count how often an id
 comes, and guess. Lengths, times and sampling parameters are as they were.
 """
@@ -29,7 +32,9 @@ CONFIGURATIONS = "common.config:"
 PARAMETERS = "common.sampling:SamplingParams"
 HYPOTHESES = "common.messages:Hypothesis"
 REQUESTS = "scheduler.request:Request"
-Names = Callable[[int], list[bytes]]  # of the blocks of the request that arrived as the so-manieth
+ANSWERS = "scheduler.groups:Answer"
+# Of the blocks of the request that arrived as the so-manieth; None: those that it had, as of a beam, which takes others
+Names = Callable[[int], list[bytes] | None]
 
 
 class Redactor:
@@ -50,11 +55,12 @@ class Redactor:
     def _entry(self, entry: Entry, added: Iterator[Request], by_arrival: dict[int, Request]) -> Entry:
         match entry:
             case Began(state=state) if state:
-                there = {arrival: request.digests for arrival, request in by_arrival.items()}
-                return msgspec.structs.replace(entry, state=self._state(state, lambda arrival: there.get(arrival, [])))
+                there = {arrival: request.digests for arrival, request in by_arrival.items() if not request.group}
+                return msgspec.structs.replace(entry, state=self._state(state, there.get))
             case Added(state=state):
-                digests = next(added).digests
-                return msgspec.structs.replace(entry, state=self._state(state, lambda _: digests))
+                request = next(added)
+                names = request.digests[: request.group.num_named] if request.group else request.digests
+                return msgspec.structs.replace(entry, state=self._state(state, lambda _: names))
             case Answered(result=result):
                 return msgspec.structs.replace(entry, result=self._result(result))
             case _:
@@ -132,8 +138,9 @@ class _Special:
             if node.name == REQUESTS:
                 parts = dict(zip(node.content[::2], node.content[1::2], strict=True))
                 self.tokens |= {_number(parts["tokens"]), _number(parts["stops"])}
-                self.names[_number(parts["digests"])] = names(parts["arrival"])
-            elif node.name == HYPOTHESES:
+                if (named := names(parts["arrival"])) is not None:
+                    self.names[_number(parts["digests"])] = named
+            elif node.name in (HYPOTHESES, ANSWERS):
                 self.tokens.add(_number(node.content[node.content.index("tokens") + 1]))
             elif node.name == PARAMETERS:
                 parts = dict(zip(node.content[::2], node.content[1::2], strict=True))

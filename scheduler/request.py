@@ -53,6 +53,8 @@ class Request:
     quota: Quota = UNLIMITED  # of the tenant
     strikes: int = 0  # losses of workers with this in flight, or of the schedulers that held it; see `suspects`
     weight: float = 0.0  # of the tenant against others; 0: the quota's
+    pin_s: float = 0.0  # seconds that its prefix is to be pinned for; 0 when that is done, too
+    pin_tokens: int = 0  # so much of it
 
     arrival: int = 0  # running number
     turn: int = 0  # running number of its last admission

@@ -23,7 +23,7 @@ from ..common.messages import Hypothesis, Output, StepResult
 from .fairness import victim
 from .groups import Groups, begin, known, members_of
 from .kv_cache import Hit, KvCache
-from .limits import fits, num_queueable, reserve
+from .limits import MOST_PASSED, OPEN_PROMPTS, fits, num_places, reserve, within_part
 from .pace import Pace
 from .queue import WaitingQueue
 from .request import Request
@@ -33,8 +33,6 @@ from .stops import finish_reason
 from .suspects import Suspects, convicted, verdict
 
 NO_TOKEN = "the worker returned no token for this sequence"
-MOST_PASSED = 16  # requests in a step that wait for what another one computes
-OPEN_PROMPTS = 2  # prompts that are being computed while more wait; each holds blocks for all of its tokens
 
 
 class Scheduler:
@@ -63,6 +61,7 @@ class Scheduler:
             num_host_blocks=num_host_blocks,
             num_disk_blocks=num_disk_blocks,
             window=window,
+            max_pinned=cache.max_pinned,
         )
         self.pace = Pace(config.target_itl / 1e3)
         self.kv.prefill_s = self.pace.prefill_s
@@ -84,10 +83,14 @@ class Scheduler:
         limit = min(request.limit, self.max_model_len)
         if not fits(request, limit, self.config, self.kv.num_blocks, self.kv.block_size):
             return "too_long"
-        num_requests = len(self.running) + len(self.waiting) + len(self.groups.parked) + request.sampling.num_sequences
-        full = num_requests > self.config.max_num_seqs + num_queueable(self.config)
-        if full and not (request.num_output or request.strikes):  # what was accepted before is accepted again
-            return "overloaded"
+        if request.num_output or request.strikes:  # what was accepted before is accepted again
+            return None
+        wanted = request.sampling.num_sequences
+        num_requests = len(self.running) + len(self.waiting) + len(self.groups.parked) + wanted
+        if num_requests > num_places(self.config):
+            held, num_tenants = self.waiting.part_of(request.tenant)
+            if not within_part(held + wanted, num_requests, num_tenants, self.config):
+                return "overloaded"
         return None
 
     def add(self, request: Request) -> Output | None:
@@ -109,6 +112,10 @@ class Scheduler:
     def expire(self, request: Request, why: str) -> Output:
         """End a request that waits or runs, since its time is over."""
         return self._end(request, "timeout", why)
+
+    def unpin(self, ids: Sequence[int], why: str) -> None:
+        """Give up these of `KvCache.pins`."""
+        self.kv.pins.drop(ids, why)
 
     def schedule(self) -> Step | None:
         """The next step, or None when there is nothing to do before a result comes in."""
@@ -133,9 +140,9 @@ class Scheduler:
             request.inflight -= 1
             if request.finish is not None:  # ended while this was under way
                 continue
-            first, group = known(request), request.group
+            group = request.group
             if token is None or (group is not None and not best.get(request)):
-                news.append((first, self._fail(first, NO_TOKEN)))
+                news.append((known(request), self._fail(known(request), NO_TOKEN)))
                 continue
             request.account.level += request.account.output_cost
             if request.strikes:
@@ -143,7 +150,7 @@ class Scheduler:
             if group is not None:
                 if self.groups.hear(request, token, best[request]):
                     found = group.search.best
-                    news.append((first, self._end(first, found[0].finish, best=found)))
+                    news.append((known(request), self._end(known(request), found[0].finish, best=found)))
                 continue
             request.tokens.append(token)
             if (reason := finish_reason(request)) is not None:
@@ -186,8 +193,7 @@ class Scheduler:
         self.kv.lose([written for step in lost for written in step.written])
         self.rows.reset()
         self.epoch, self._step, self._others_turn = epoch, 0, False
-        convicts = self.suspects.convicts()  # the end of one beam is that of all
-        return [(known(r), self._fail(known(r), verdict(r))) for r in convicts if r.finish is None]
+        return [(known(r), self._fail(known(r), verdict(r))) for r in self.suspects.convicts() if r.finish is None]
 
     def check(self, blocks: range | None = None) -> None:
         """Raises AssertionError when books and holdings differ: a leak, or a block or row given twice.
@@ -309,7 +315,7 @@ class Scheduler:
         """
         count = self.kv.blocks_for(num_tokens) - len(request.blocks)
         while self.kv.num_free < count:
-            yielding = victim(self.running, bisect_left(self.running, request.rank, key=_rank))
+            yielding = victim(self.running, bisect_left(self.running, request.rank, key=attrgetter("rank")))
             if yielding is None:
                 return False
             self._preempt(yielding)
@@ -328,7 +334,7 @@ class Scheduler:
         if self.kv.num_free + self.kv.gain(worse, staying) < needed or self.kv.awaits(head):
             return
         while self.running and self.running[-1].priority > head.priority:
-            if self.rows.free and self._fitting(head) is not None:
+            if self.rows.free and self.kv.find_at_any_cost(head, reserve(len(self.running))) is not None:
                 return
             self._preempt(victim(self.running, -1) or self.running[-1])
 
@@ -347,15 +353,11 @@ class Scheduler:
             request.num_cached = min(request.computed, request.num_prompt)
             draft.first.append(request)
         draft.admitted.append(admission(request))
-        insort(self.running, request, key=_rank)
+        insort(self.running, request, key=attrgetter("rank"))
 
     def _dispatch(self, draft: Draft) -> Step:
-        for request in draft.ripe:  # only now: nothing in this plan may read what this plan writes
-            self.kv.publish(request)
         released = self.rows.tell(draft)
-        if self.kv.window:
-            for request in draft.requests:
-                self.kv.retire(request)
+        self.kv.planned(draft.requests, draft.ripe)
         self._step += 1
         plan = draft.plan(self.epoch, self._step, released, self.kv.take_copies())
         written = self.kv.take_written()
@@ -369,6 +371,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Back to the queue, to be computed again. What the cache still has of it then need not be."""
         self._leave_row(request)
+        self.kv.comes_back(request)
         self.groups.requeue(request)
         self._num_preempted += 1
 
@@ -395,6 +398,3 @@ class Scheduler:
         self.kv.leave(request)
         self.rows.take_back(request)
         self.running.remove(request)
-
-
-_rank = attrgetter("rank")

@@ -9,6 +9,7 @@ import msgspec
 
 from ..common.messages import Output, Outputs, RequestFault, StepPlan, StepResult, Submit
 from ..common.model_info import ModelInfo
+from ..common.pins import MOST_PINS_TOLD, GetPins, Pinned, PinnedPrefix
 from . import intake
 from .deadlines import Deadlines
 from .disk_index import DiskIndex
@@ -142,10 +143,12 @@ class Serving:
     @property
     def next_deadline(self) -> float:
         """When `expire` is to be called at the latest."""
-        return min(self._timeouts.next(), self._places.next())
+        return min(self._timeouts.next(), self._places.next(), self.scheduler.kv.pins.next())
 
     def expire(self, now: float) -> None:
-        """End those whose time is over, whether they wait or run."""
+        """End those whose time is over, whether they wait or run, and pins."""
+        if ids := self.scheduler.kv.pins.due(now):
+            self.scheduler.unpin(ids, "expired")
         for request in self._timeouts.due(now):
             self._recorder.timed_out(request)
             self._tell(request, self.scheduler.expire(request, TIME_OVER), now)
@@ -162,6 +165,7 @@ class Serving:
         if len(self.scheduler.dispatched) >= self._depth:
             return None
         step = self.scheduler.schedule()
+        self.scheduler.kv.pins.told(now)
         self._turnover.moved(now, len(step.admitted) if step else 0, left=len(self.scheduler.waiting))
         if step is None:
             return None
@@ -216,6 +220,19 @@ class Serving:
         failed = scheduler.regroup(epoch)
         self._recorder.resumed(num_running - len(failed))
         self._failed(failed, now)
+
+    def pins(self, asked: GetPins, now: float) -> Pinned:
+        """Those that were asked for; they are ended if that was asked for, too."""
+        pins, size = self.scheduler.kv.pins, self.scheduler.kv.block_size
+        pins.told(now)
+        found = [pin for pin in pins if asked.tenant in (None, pin.tenant) and asked.id in (0, pin.id)]
+        told = [
+            PinnedPrefix(pin.id, pin.tenant, pin.num_blocks * size, pin.num_blocks, max(0.0, pin.until - now))
+            for pin in found[:MOST_PINS_TOLD]
+        ]
+        if asked.unpin:
+            self.scheduler.unpin([pin.id for pin in found], "asked")
+        return Pinned(asked.serial, told, len(found), pins.num_blocks, pins.most)
 
     def audit(self) -> None:
         """Check the books while nothing is under way: a part of them at each call, until all have been seen."""

@@ -10,7 +10,6 @@ from .pace import Load, chunk_pairs
 from .request import Request
 from .tiers import Written
 
-
 ANY_BLOCK = 1
 
 

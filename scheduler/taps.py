@@ -14,9 +14,7 @@ import zmq
 from ..common import curve
 from ..common.channel import Codec, Event, Hub, T, encode
 from ..common.messages import (
-    COPY_BYTES,
     Admitted,
-    Copied,
     Message,
     Output,
     Outputs,
@@ -28,6 +26,7 @@ from ..common.messages import (
     ToFrontend,
     ToWorker,
 )
+from ..common.observing import COPY_BYTES, Copied
 
 WINDOW_BYTES = 8 << 20
 NOT_REVEALED = "token ids are shown as zeros: the engine runs without --reveal-prompts"

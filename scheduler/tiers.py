@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from .blocks import BlockPool
 
+PROBING = 8  # turnovers, of which one is saved whatever it costs
 Copies = list[tuple[int, int]]  # from, to; blocks of all tiers are numbered through
 
 
@@ -21,6 +22,31 @@ class Written:
     block: int
     digest: bytes = b""
     tokens: bytes = b""
+
+
+class Worth:
+    """Whether to save a block that nobody is known to come back for. It pays if what was saved came back often enough:
+    each time spares computing it, for two copies. Every eighth `turnover` of evictions all is saved, to find out."""
+
+    def __init__(self, turnover: int) -> None:
+        self._turnover = max(1, turnover)
+        self._seen = 0  # blocks that were evicted
+        self._saved = self._restored = 0.0  # of late
+
+    def pays(self, compute_s: float | None, copy_s: float) -> bool:
+        """`compute_s` for its tokens, None while that is unknown; `copy_s` each way."""
+        self._seen += 1
+        if compute_s is None or self._seen // self._turnover % PROBING == 0:
+            return True
+        return self._restored * (compute_s - copy_s) > self._saved * copy_s
+
+    def saved(self) -> None:
+        self._saved += 1
+        if self._saved > PROBING * self._turnover:
+            self._saved, self._restored = self._saved / 2, self._restored / 2
+
+    def restored(self, count: int) -> None:
+        self._restored += count
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from ..outputs import CompletionOutput
 from ..service import Service
 from ..sse import event, started, while_connected
 from .answers import Deltas, Job, UsageCount, check_stream_options, json_answer, request_id, whole
+from .cache_control import pin_of
 from .protocol import ChatRequest, StreamOptions, described
 from .requests import chat_options_of, messages_of, read, routing_of, sampling_of, warnings
 from .responses import ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatMessage, usage_of
@@ -30,9 +31,11 @@ async def create_chat_completion(request: Request) -> Response:
     headers = warnings(body, strict=service.client.config.server.strict_fields)
     with _limit_named_as_sent(body):
         params = sampling_of(body, service.client.model.default_sampling, max_tokens=None)
-        prompt = await generator.tokenizer.encode_chat(messages_of(body), chat_options_of(body))
+        messages, options = messages_of(body), chat_options_of(body)
+        prompt = await generator.tokenizer.encode_chat(messages, options)
         generator.resolve(prompt, params, param="messages")
-    job = Job(generator, request_id(request, "chatcmpl"), model, [prompt], params, routing_of(request, body))
+        pin = await pin_of(body, messages, options, prompt, generator.tokenizer)
+    job = Job(generator, request_id(request, "chatcmpl"), model, [prompt], params, routing_of(request, body, pin))
     if body.stream:
         return await started(request, _events(job, job.deltas(), body.stream_options), headers)
     outputs = await while_connected(request.receive, whole(job.deltas(), 1))

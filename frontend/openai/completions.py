@@ -15,6 +15,7 @@ from ..service import Service
 from ..sse import event, started, while_connected
 from ..tokenizer import Tokenizer
 from .answers import Deltas, Job, UsageCount, check_stream_options, json_answer, request_id, whole
+from .cache_control import NO_PIN, Pin
 from .protocol import CompletionRequest, StreamOptions, described
 from .requests import read, routing_of, sampling_of, warnings
 from .responses import Completion, CompletionChoice, usage_of
@@ -44,7 +45,8 @@ async def create_completion(request: Request) -> Response:
     for prompt in prompts:
         generator.resolve(prompt, params)
     echoed = await _texts(given, generator.tokenizer) if body.echo else [""] * len(prompts)
-    job = Job(generator, request_id(request, "cmpl"), model, prompts, params, routing_of(request, body))
+    pin = Pin(body.cache_control.seconds) if body.cache_control else NO_PIN
+    job = Job(generator, request_id(request, "cmpl"), model, prompts, params, routing_of(request, body, pin))
     deltas = _nothing_generated(job) if echo_only else job.deltas()
     if body.stream:
         return await started(request, _events(job, deltas, echoed, body.stream_options), headers)

@@ -69,6 +69,19 @@ class StreamOptions(Body):
     include_obfuscation: bool = False  # padding against traffic analysis; there is none
 
 
+class CacheControl(Body):
+    """Anthropic's: keep the KV of the prompt up to here."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] = "5m"
+
+    @property
+    def seconds(self) -> float:
+        return {"5m": 300.0, "1h": 3600.0}[self.ttl]
+
+
 class GenerationRequest(Body):
     """What completions and chat share. Each field of SamplingParams is one here."""
 
@@ -100,6 +113,7 @@ class GenerationRequest(Body):
     user: str | None = Field(default=None, max_length=MAX_NAME)
     priority: int = Field(default=0, ge=-(2**63), lt=2**63)
     cache_salt: str | None = Field(default=None, max_length=MAX_SALT)
+    cache_control: CacheControl | None = None
     timeout: Seconds | None = None
     max_queue_time: Seconds | None = None
 
@@ -115,12 +129,14 @@ class CompletionRequest(GenerationRequest):
 class ContentPart(Body):
     type: str
     text: str | None = None
+    cache_control: Annotated[Any, WithJsonSchema(CacheControl.model_json_schema())] = None  # `pin_of` checks it
 
 
 class InputMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[ContentPart], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
     name: str | None = Field(default=None, max_length=MAX_NAME)
+    cache_control: CacheControl | None = None
 
 
 class ChatInput(Body):

@@ -15,6 +15,7 @@ from .. import messages
 from ..chat_template import ChatOptions
 from ..json_body import Census, decode
 from ..streams import Routing
+from .cache_control import NO_PIN, Pin
 from .protocol import UNSUPPORTED, Body, ChatInput, GenerationRequest
 
 B = TypeVar("B", bound=Body)
@@ -88,7 +89,7 @@ def sampling_of(
     return check({"max_tokens": max_tokens, **defaults, **asked})
 
 
-def routing_of(request: Request, body: GenerationRequest) -> Routing:
+def routing_of(request: Request, body: GenerationRequest, pin: Pin = NO_PIN) -> Routing:
     """With a key, that is the tenant, whatever `user` says; without keys `user` divides what there is."""
     state = request.scope["state"]
     principal: str = state["principal"]
@@ -101,6 +102,8 @@ def routing_of(request: Request, body: GenerationRequest) -> Routing:
         quota=state["quota"],
         timeout_s=body.timeout or options.request_timeout or 0.0,
         max_queue_s=body.max_queue_time or options.max_queue_time or 0.0,
+        pin_s=pin.seconds,
+        pin_tokens=pin.num_tokens,
     )
 
 
@@ -112,7 +115,7 @@ def wire_salt(principal: str, salt: str) -> str:
 
 def messages_of(body: ChatInput) -> list[dict[str, Any]]:
     """The messages as they were sent; `Tokenizer.encode_chat` checks what they hold."""
-    return [message.model_dump() for message in body.messages]
+    return [message.model_dump(exclude={"cache_control"}) for message in body.messages]
 
 
 def chat_options_of(body: ChatInput) -> ChatOptions:

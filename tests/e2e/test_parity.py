@@ -46,7 +46,8 @@ def test_one_worker(checkpoint: Callable[[str], Path], oracle: Callable[[Path], 
     check(checkpoint(name), oracle(checkpoint(name)), **HARD)
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+# Every architecture is split in tests/worker/test_architectures.py; these split unevenly, copy KV heads, have a window, norms.
+@pytest.mark.parametrize("name", ["llama-odd", "qwen2-mqa", "mistral-window", "qwen3"])
 def test_two_workers(checkpoint: Callable[[str], Path], oracle: Callable[[Path], Any], name: str) -> None:
     check(checkpoint(name), oracle(checkpoint(name)), tensor_parallel_size=2, **HARD)
 

@@ -43,6 +43,7 @@ from quire.common.messages import (
     unpack,
 )
 from quire.common.model_info import read_model_info
+from quire.common.pins import GetPins, Pinned, PinnedPrefix
 from quire.common.process import END
 
 CONTEXT = 512  # tokens, of the tiny model
@@ -84,6 +85,8 @@ class FakeScheduler:
         self.awake = threading.Event()  # cleared, the whole scheduler stands still, as after SIGSTOP
         self.awake.set()
         self.submits: list[Submit] = []
+        self.pins: list[PinnedPrefix] = []
+        self.asked_pins: list[GetPins] = []
         self.submitted_at: list[float] = []
         self.aborts: list[int] = []
         self.abort_messages = 0
@@ -249,6 +252,9 @@ class FakeScheduler:
                 self.abort_messages += 1
                 for id in message.ids:
                     self._running.pop((peer, id), None)
+            case GetPins(serial):
+                self.asked_pins.append(message)
+                self._hub.send(peer, Pinned(serial, self.pins, len(self.pins), 5, 8))
             case GetStats():
                 self._hub.send(peer, Stats(b"quire:fake 1\n"))
 

@@ -48,7 +48,7 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("response_format", {"type": "json_object"}), ("suffix", "x"), ("functions", [{}]), ("guided_json", {}), ("prompt_logprobs", 1),
     ("logprobs", -1), ("logprobs", 10**6), ("top_logprobs", -1), ("best_of", 10**4), ("prompt_logprobs", -1), ("tools", [{"type": "function"}] * 1000),
     ("guided_regex", "(a+)+b"), ("guided_grammar", "(" * 30_000), ("guided_json", {"$ref": "#"}), ("structured_outputs", {"regex": "[.*"}), ("prompt_embeds", "AAAA"),
-    ("use_beam_search", True), ("reasoning_effort", "high"), ("modalities", ["audio"]), ("chat_template", "x"), ("bad_words", ["x"]),
+    ("reasoning_effort", "high"), ("modalities", ["audio"]), ("chat_template", "x"), ("bad_words", ["x"]),
 ]  # fmt: skip
 
 

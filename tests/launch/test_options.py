@@ -55,6 +55,7 @@ WITHIN = {
     "swap_space": st.floats(0.0, 65536.0),
     "kv_disk_space": st.floats(0.0, 65536.0, exclude_min=True),
     "target_itl": st.floats(0.0, 60000.0),
+    "max_pinned": st.floats(0.0, 1.0),
 }
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
 

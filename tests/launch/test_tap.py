@@ -14,9 +14,7 @@ from quire.common.channel import LOST, encode
 from quire.common.config import SightConfig
 from quire.common.errors import EXIT_CONFIG
 from quire.common.messages import (
-    COPY_BYTES,
     Admitted,
-    Copied,
     GetJournal,
     Heartbeat,
     Hello,
@@ -31,6 +29,7 @@ from quire.common.messages import (
     Tapped,
     pack,
 )
+from quire.common.observing import COPY_BYTES, Copied
 from quire.common.sampling import SamplingParams
 from quire.launch import tap
 from quire.launch.cli import main as quire

@@ -7,22 +7,20 @@ however it came about, is an AssertionError.
 import random
 from array import array
 from collections import deque
-from dataclasses import dataclass, field, replace
-
-import msgspec
+from dataclasses import dataclass, field
 
 from quire.common.channel import Codec, encode
 from quire.common.config import CacheConfig, SchedulerConfig
 from quire.common.messages import Output, StepPlan, StepResult, pack, unpack
 from quire.common.sampling import SamplingParams
-from quire.scheduler.beams import single
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.step import Step
 from quire.scheduler.suspects import PROOF
 
+from .searches import VOCABULARY, best_found, likeliest, searching
+
 STOP = 3
-VOCABULARY = 13
 MAX_MODEL_LEN = 40
 
 
@@ -45,15 +43,6 @@ class Row:
 def sample(prefix: int) -> int:
     """The token that follows a prefix: any function of it will do."""
     return hash((prefix, 7)) % VOCABULARY
-
-
-def likeliest(prefix: int, count: int) -> list[tuple[int, float]]:
-    """What may follow a prefix, with made-up log-probabilities; `sample` comes first."""
-    rng = random.Random(prefix)
-    tokens = rng.sample([token for token in range(VOCABULARY) if token != sample(prefix)], count - 1)
-    return list(
-        zip([sample(prefix), *tokens], sorted((-rng.random() * 4 for _ in range(count)), reverse=True), strict=True)
-    )
 
 
 class Device:
@@ -93,8 +82,8 @@ class Device:
             assert 0 <= admitted.row < self.num_rows and admitted.row not in self.rows, "row is taken"
             tokens = unpack(admitted.tokens)
             limit = min(admitted.num_prompt + (admitted.sampling.max_tokens or 0), MAX_MODEL_LEN)
-            row = Row(tokens, limit, list(admitted.blocks), num_candidates=admitted.sampling.num_candidates)
-            self.rows[admitted.row] = row
+            asked = admitted.sampling.num_candidates
+            self.rows[admitted.row] = Row(tokens, limit, list(admitted.blocks), num_candidates=asked)
         for row, blocks in plan.new_blocks:
             self.rows[row].blocks += blocks
         copies = unpack(plan.copies)
@@ -128,7 +117,7 @@ class Device:
             if samples:
                 assert end == len(row.tokens) < row.limit, "a sample too early or too many"
                 if row.num_candidates:
-                    best += likeliest(row.prefix(end - 1), row.num_candidates)
+                    best += likeliest(row.prefix(end - 1), sample(row.prefix(end - 1)), row.num_candidates)
                 row.tokens.append(sample(row.prefix(end - 1)))
                 tokens.append(row.tokens[-1])
         for index, start, count in zip(rows, starts, counts, strict=True):
@@ -241,7 +230,10 @@ class Run:
         self.device.window = window
         self.device.timed = rng.random() < 0.7
         chance = random.Random(seed)
-        self.todo = deque(self._searching(r, chance) if chance.random() < beams else r for r in self._requests())
+        self.todo = deque(
+            searching(request, chance, self.scheduler.rejection) if chance.random() < beams else request
+            for request in self._requests()
+        )
         self.live: dict[int, Request] = {}
         self.outcomes: dict[int, Outcome] = {}
         self.sent: deque[StepPlan] = deque()
@@ -278,20 +270,6 @@ class Run:
                 )
             )
         return requests
-
-    def _searching(self, request: Request, rng: random.Random) -> Request:
-        """The same with beams, if they fit."""
-        width = rng.randint(1, 5)
-        sampling = msgspec.structs.replace(
-            request.sampling,
-            beam_width=width,
-            n=rng.randint(1, width),
-            min_tokens=0,
-            length_penalty=rng.choice((-1.0, 0.0, 0.5, 1.0, 2.0)),
-            early_stopping=rng.choice((True, False, "never")),
-        )
-        wide = replace(request, sampling=sampling)
-        return request if self.scheduler.rejection(wide) else wide
 
     def play(
         self,
@@ -414,6 +392,11 @@ class Run:
             del self.live[id]
 
 
+def _following(tokens: list[int], count: int) -> list[tuple[int, float]]:
+    prefix = Row(tokens, 0, []).prefix(len(tokens) - 1)
+    return likeliest(prefix, sample(prefix), count)
+
+
 def told(output: Output) -> list[int]:
     """The tokens of an output; of a search those of all hypotheses, each with its end behind it."""
     return [*output.tokens, *(token for found in output.hypotheses for token in (*found.tokens, -1))]
@@ -422,7 +405,8 @@ def told(output: Output) -> list[int]:
 def expected(request: Request) -> Outcome:
     """What a request's output must be, whoever else runs: the definition, one token after the other."""
     if request.sampling.beam_width:
-        return _expected_search(request)
+        limit = min(request.num_prompt + (request.sampling.max_tokens or 0), MAX_MODEL_LEN)
+        return Outcome(*best_found(request, limit, _following))
     row = Row(list(request.tokens), 0, [])
     limit = min(request.num_prompt + (request.sampling.max_tokens or 0), MAX_MODEL_LEN)
     while True:
@@ -433,32 +417,3 @@ def expected(request: Request) -> Outcome:
             return Outcome(output, "stop")
         if len(row.tokens) >= limit:
             return Outcome(output, "length")
-
-
-def _expected_search(request: Request) -> Outcome:
-    """Every beam by every token at each step, without a thought of what it costs."""
-    params, first = request.sampling, request.num_prompt
-    limit = min(first + (params.max_tokens or 0), MAX_MODEL_LEN)
-    going, done = [(0.0, request.tokens.tolist())], [(-1e9, [], "")] * params.beam_width
-    while True:
-        every = [
-            (single(score + logprob), [*tokens, token])
-            for score, tokens in going
-            for token, logprob in likeliest(Row(tokens, 0, []).prefix(len(tokens) - 1), params.num_candidates)
-        ]
-        every = sorted(every, key=lambda each: -each[0])[: params.num_candidates]
-        length = len(every[0][1]) - first
-        power = single(length**params.length_penalty)
-        ends = [tokens[-1] in params.stop_token_ids for _, tokens in every]
-        for (score, tokens), end in list(zip(every, ends, strict=True))[: params.beam_width]:
-            if end or first + length == limit:
-                done.append((single(score / power), tokens[first:], "stop" if end else "length"))
-        done = sorted(done, key=lambda each: -each[0])[: params.beam_width]
-        going = [each for each, end in zip(every, ends, strict=True) if not end][: params.beam_width]
-        if params.early_stopping == "never" and params.length_penalty > 0:
-            power = single((limit - first) ** params.length_penalty)
-        full = all(reason for _, _, reason in done)
-        content = params.early_stopping is True or params.beam_width == 1 or going[0][0] / power <= done[-1][0]
-        if first + length == limit or (full and content):
-            best = done[: params.n]
-            return Outcome([token for _, tokens, _ in best for token in (*tokens, -1)], best[0][2])

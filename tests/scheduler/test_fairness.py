@@ -365,3 +365,27 @@ def test_short_prompts_get_theirs_in_a_stream_of_long_ones(target_itl: float) ->
         medians.append(sorted(waited)[len(waited) // 2])
         assert len(waited) > 100 and max(waited) <= 60, sorted(waited)[-5:]
     assert sum(medians) <= 16, "by arrival alone it is 40"
+
+
+def test_who_fills_the_queue_does_not_keep_others_out() -> None:
+    """Each tenant has its part of the places, whoever came first; and there is an end to it."""
+    places, rows = 36, 4
+    config = SchedulerConfig(max_num_seqs=rows, max_num_batched_tokens=8, max_num_queued_reqs=places - rows)
+    scheduler = Scheduler(config, CacheConfig(block_size=BLOCK), 400, MAX_MODEL_LEN)
+
+    def accepted(tenant: str, count: int) -> int:
+        taken = 0
+        for _ in range(count):
+            new = request(scheduler._num_added + 1, tenant, 4, 4)
+            if scheduler.rejection(new) is None:
+                assert scheduler.add(new) is None
+                taken += 1
+        return taken
+
+    assert accepted("flood", 100) == places
+    assert accepted("a", 100) == places // 2
+    assert accepted("flood", 1) == 0
+    assert accepted("b", 100) == places // 3
+    assert accepted("a", 1) == 0
+    sum(accepted(f"made up {i}", 3) for i in range(200))
+    assert len(scheduler.waiting) <= 2 * places

@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,6 +27,29 @@ def test_ids_are_kept_or_refused(prompt: list[int], output: list[int]) -> None:
     else:
         with pytest.raises(intake.Malformed):
             intake.request(submit, b"client", VOCABULARY, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("beams", "output", "fine"),
+    [
+        ({"beam_width": 4, "n": 4}, [], True),
+        ({"beam_width": 4, "n": 5}, [], False),
+        ({"beam_width": 25}, [], True),
+        ({"beam_width": 26}, [], False),  # two candidates for each are more than there are tokens
+        ({"beam_width": 13, "stop_token_ids": [1, 2, 3]}, [], False),
+        ({"beam_width": 4}, [1], False),
+        ({"n": 2}, [], False),
+    ],
+    ids=str,
+)
+def test_a_search_has_candidates_enough_and_no_output(beams: dict[str, Any], output: list[int], fine: bool) -> None:
+    sampling = SamplingParams(max_tokens=4, seed=1, **beams)
+    submit = Submit(3, pack([1]), sampling, output=pack(output))
+    if fine:
+        assert intake.request(submit, b"", VOCABULARY, 0.0).sampling == sampling
+    else:
+        with pytest.raises(intake.Malformed):
+            intake.request(submit, b"", VOCABULARY, 0.0)
 
 
 @given(st.binary(max_size=9), st.binary(max_size=9))

@@ -78,7 +78,7 @@ def test_outputs_are_charged_while_they_come() -> None:
 def test_what_is_refused_for_another_reason_is_not_charged() -> None:
     engine = serving(max_num_seqs=1, max_num_queued_reqs=1)
     for id in range(3):
-        engine.submit(CLIENT, submit(id), 0.0)
+        engine.submit(CLIENT, submit(id, tenant="a"), 0.0)
     engine.submit(CLIENT, submit(3, tenant="a", quota=Quota(1)), 0.0)
     assert told(engine)[-1].rejection == "overloaded"
     for _ in steps(engine):

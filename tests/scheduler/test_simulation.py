@@ -14,7 +14,7 @@ from quire.scheduler.scheduler import Scheduler
 
 from .simulation import Run, Totals, expected
 
-SEEDS = 400
+SEEDS = 800
 
 
 def _add(total: Totals, totals: Totals) -> None:

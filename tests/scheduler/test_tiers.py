@@ -11,7 +11,7 @@ from quire.scheduler.blocks import BlockPool
 from quire.scheduler.kv_cache import KvCache
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
-from quire.scheduler.tiers import Copies, Tier, Written
+from quire.scheduler.tiers import Copies, Tier, Worth, Written
 
 from .simulation import Losses, Outcome, Run, expected
 
@@ -30,6 +30,22 @@ def test_swapping_changes_no_token() -> None:
         assert run.play(losses=Losses(0.03 * (seed % 2))) == wanted, seed
         moved += run.scheduler.kv.moved
     assert moved["saved"] > 2000 and moved["restored"] > 200 and moved["recomputed"] > 100, moved
+
+
+def test_saving_goes_on_while_it_pays_and_is_tried_again() -> None:
+    """Computing a block takes ten copies: it pays while one in nine comes back."""
+    for share, pays in ((0.5, True), (0.2, True), (0.08, False), (0.0, False)):
+        worth, saved, later = Worth(10), 0.0, []
+        for _ in range(4000):
+            later.append(worth.pays(10.0, 1.0))
+            if later[-1]:
+                worth.saved()
+                saved += share
+                worth.restored(int(saved))
+                saved %= 1.0
+        assert (sum(later[2000:]) > 1500) is pays, (share, sum(later[2000:]))
+        assert sum(later[2000:]) >= 200, "never tried again"
+        assert worth.pays(None, 1.0)
 
 
 def names(count: int) -> list[tuple[bytes, bytes]]:

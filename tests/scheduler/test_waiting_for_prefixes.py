@@ -49,7 +49,7 @@ class Engine:
 
 def test_what_many_ask_at_once_is_computed_once() -> None:
     engine = Engine()
-    requests = [engine.add(id, PROMPT + [id % 3]) for id in range(30)]
+    requests = [engine.add(id, [*PROMPT, id % 3]) for id in range(30)]
     engine.until(lambda: all(request.finish for request in requests))
     shared = len(PROMPT) // BLOCK_SIZE * BLOCK_SIZE
     rest = len(PROMPT) + 1 - shared
