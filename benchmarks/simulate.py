@@ -38,9 +38,11 @@ Options = argparse.Namespace
 SHORT = Mix(Lengths("uniform", 20, low=8, high=32), Lengths("uniform", 2.5, low=1, high=4))
 AIMS = {
     "overload": "compare --load 1.3 --long-share 0.1 --policies quire quire-patient quire-unpaced vllm vllm-impatient vllm-2048",
-    "flood": "flood --load 0.5 --long-share 0.1 --policies quire-patient vllm",
+    "flood": "flood --long-share 0.1 --policies quire-patient vllm",
+    "flood-short": "flood --load 0.5 --seconds 120 --policies quire-patient vllm",
     "loose": "compare --load 1.3 --long-share 0.1 --itl 1000 --policies quire vllm vllm-impatient",
     "kv": "compare --load 1.3 --kv-tokens 100000 --seconds 200 --policies quire-patient vllm",
+    "swap": "compare --load 1.3 --kv-tokens 100000 --host-tokens 200000 --seconds 200 --policies quire-patient",
     "plan": "plan --rate 20 --long-share 0.1 --ttft-per-1k 0.2 --share 0.9 --router least-loaded --seconds 60",
     "memory": "memory --requests 1000000",
 }
