@@ -38,8 +38,9 @@ class BlockPool:
     def num_published(self) -> int:
         return len(self._content)
 
-    def is_free(self, block: int) -> bool:
-        return block in self._free
+    def count_free(self, blocks: Iterable[int]) -> int:
+        """How many of them nobody holds, and nothing keeps."""
+        return sum(map(self._free.__contains__, blocks))
 
     def is_idle(self, block: int) -> bool:
         """Whether nothing but a pin keeps it."""

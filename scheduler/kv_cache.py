@@ -99,7 +99,7 @@ class KvCache:
         if not self.num_free or self._still_refused(request):
             return None  # it needs one block at least, for the token that no cache gives
         found = self._match(request)
-        on_device = [block for block in found if block <= self.num_blocks]
+        on_device = [block for block in found if block <= self.num_blocks] if self.saved else found
         needed = self.blocks_for(len(request.tokens)) - len(on_device) + reserve
         if self.num_free == self.num_blocks:
             self._unpin_for(needed, on_device)
@@ -310,7 +310,7 @@ class KvCache:
             return []
         request.private = not self.caching
         found = prefix_cache.match(self.pool, request, self.block_size, self._elsewhere)
-        first = next((i for i, block in enumerate(found) if block > self.num_blocks), None)
+        first = next((i for i, block in enumerate(found if self.saved else ()) if block > self.num_blocks), None)
         if first is None or self.saved is None:
             return found
         start = first * self.block_size
@@ -355,7 +355,7 @@ class KvCache:
 
     def _room_beside(self, found: list[int]) -> int:
         """Free blocks, if those that were found are taken up as well."""
-        return self.pool.num_free - sum(map(self.pool.is_free, found))
+        return self.pool.num_free - self.pool.count_free(found)
 
     def _unpin_for(self, needed: int, found: list[int]) -> None:
         """Give up pins until there is so much room beside the blocks that were found, or there are no more."""

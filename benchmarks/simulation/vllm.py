@@ -118,7 +118,7 @@ class VllmLike:
 
     def _admit(self, request: Request) -> bool:
         shared = prefix_cache.match(self.kv, request, self.block_size)
-        free = self.kv.num_free - sum(map(self.kv.is_free, shared))
+        free = self.kv.num_free - self.kv.count_free(shared)
         if blocks_for(len(request.tokens), self.block_size) - len(shared) > free:
             return False
         self.waiting.popleft()

@@ -31,7 +31,9 @@ def leave(index: DiskIndex) -> None:
 
 
 changes = st.lists(st.tuples(st.integers(1, NUM_BLOCKS), st.integers(0, 9)), max_size=3)
-actions = st.lists(st.one_of(st.tuples(st.just("plan"), changes), st.sampled_from(["done", "die", "lost"])), max_size=40)
+actions = st.lists(
+    st.one_of(st.tuples(st.just("plan"), changes), st.sampled_from(["done", "die", "lost"])), max_size=40
+)
 
 
 @settings(max_examples=300, deadline=None)

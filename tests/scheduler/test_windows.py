@@ -17,7 +17,9 @@ BLOCK_SIZE, WINDOW = 2, 6
 def test_a_long_sequence_holds_a_window() -> None:
     config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=4)
     engine = Scheduler(config, CacheConfig(block_size=BLOCK_SIZE), MAX_MODEL_LEN, MAX_MODEL_LEN, window=WINDOW)
-    request = Request(1, array("i", [1, 2, 3]), 3, SamplingParams(max_tokens=MAX_MODEL_LEN - 3, seed=0, ignore_eos=True))
+    request = Request(
+        1, array("i", [1, 2, 3]), 3, SamplingParams(max_tokens=MAX_MODEL_LEN - 3, seed=0, ignore_eos=True)
+    )
     assert engine.add(request) is None
     while request.finish is None:
         step = engine.schedule()

@@ -52,7 +52,11 @@ def test_a_file_is_found_as_it_was_left_and_begun_anew_when_it_is_another(tmp_pa
         KvFile(tmp_path, 0, 5, BLOCK, torch.bfloat16)
     again.close()
     ids = {first.id, KvFile(tmp_path, 1, 5, BLOCK, torch.bfloat16).id}
-    for count, block, dtype in ((6, BLOCK, torch.bfloat16), (6, BLOCK[:-1], torch.bfloat16), (6, BLOCK[:-1], torch.half)):
+    for count, block, dtype in (
+        (6, BLOCK, torch.bfloat16),
+        (6, BLOCK[:-1], torch.bfloat16),
+        (6, BLOCK[:-1], torch.half),
+    ):
         other = KvFile(tmp_path, 0, count, torch.Size(block), dtype)
         other.close()
         ids.add(other.id)
@@ -84,7 +88,9 @@ def test_a_block_that_is_not_there_breaks_the_plan(copies: list[tuple[int, int]]
 def test_half_a_pair_breaks_the_plan() -> None:
     plan = make_plan(1, [])
     with pytest.raises(PlanError, match="pairs"):
-        read_columns(type(plan)(**{name: getattr(plan, name) for name in plan.__struct_fields__} | {"copies": b"abcd"}), 4)
+        read_columns(
+            type(plan)(**{name: getattr(plan, name) for name in plan.__struct_fields__} | {"copies": b"abcd"}), 4
+        )
 
 
 def test_host_memory_that_is_not_there_is_refused() -> None:
