@@ -128,7 +128,7 @@ def flood(options: Options) -> tuple[dict[str, Any], str, str]:
         f"{report.table(head, rows)}\n\nService is compared while all of them send too much.\n\n"
         f"{report.table(('policy', 'p99 TTFT, times alone', 'max/min service', 'for (s)'), verdicts)}"
     )
-    return {"rate": rate, "policies": found}, text, ""
+    return {"rate": rate, "policies": found}, text, picture.beside_a_flood(found)
 
 
 def plan(options: Options) -> tuple[dict[str, Any], str, str]:

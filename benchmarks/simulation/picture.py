@@ -1,6 +1,7 @@
 """The pictures of a comparison: what tokens and first tokens took, and how queue and KV went."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,21 @@ def compared(runs: Mapping[str, Measures]) -> str:
         lines(
             {name: [(s.at, 100 * s.use) for s in samples] for name, samples in first.items()}, "seconds", "KV use (%)"
         ),
+    )
+
+
+def beside_a_flood(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A picture for each policy: what first tokens of the others took without the flood, and with it."""
+    times = ("alone", "with the flood")
+    return stacked(
+        *(
+            lines(
+                {when: one[when]["TTFT curve"] for when in times},
+                "% of the others' requests",
+                f"{policy}: time to first token (s)",
+            )
+            for policy, one in found.items()
+        )
     )
 
 

@@ -10,6 +10,7 @@ import psutil
 
 from .fleet import Fleet, Planned, Replica
 from .measures import Measures, fairness, first_tokens
+from .picture import quantiles
 from .policies import Choice, Machine, setup
 from .router import ROUTERS, Router
 from .work import Arrival, Job, Mix, arrivals, together
@@ -85,6 +86,7 @@ def flood(
             ),
             "served": sum(record.ttft_s is not None for record in others),
             **first_tokens(others),
+            "TTFT curve": quantiles([record.ttft_s for record in others if record.ttft_s is not None], 1),
             "fairness": fairness(measures.samples, tenants),
         }
     alone, flooded = (found[name]["TTFT s"].get("p99") for name in ("alone", "with the flood"))
