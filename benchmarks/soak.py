@@ -1,12 +1,12 @@
 """Mixed short requests without end: what grows, what is lost, what is altered.
 
-    python benchmarks/soak.py [--requests 100000] [--kills 0] [--out benchmarks/results/soak] [-- FLAGS OF launch/serve.py]
+    python benchmarks/soak.py [--requests 100000] [--warm-up 0.2] [--out benchmarks/results/soak] [-- FLAGS OF launch/serve.py]
 
 CLIENTS connections that stay open, in a process of their own, ask for 1 to 4 tokens: streams and whole answers, greedy
 and sampled, four in five held against the answer of an undisturbed run, the rest with prompts that were never seen. One
 request in ten is longer and hung up on: before the answer, or in the middle of it. Every 2 s the private memory (USS),
 descriptors and threads of each process and the blocks in use are written down. The slope of memory over requests is
-Theil and Sen's, behind a warm-up of a fifth, with the 95 % interval of a block bootstrap. With --kills, that many random
+Theil and Sen's, behind a warm-up, with the 95 % interval of a block bootstrap. With --kills, that many random
 parts are killed afterwards under the same load, and everything is looked at again.
 """
 
@@ -29,7 +29,6 @@ from quire.tests.chaos.engine import BACK_S, FREELY, Engine, role_of
 from quire.tests.e2e.server import wait_until
 
 SAMPLE_S = 2.0
-WARM_UP = 0.2
 ABORTED = 0.1
 UNSEEN = 0.2
 KNOWN = 256
@@ -46,6 +45,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=24)
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warm-up", type=float, default=0.2, help="share of the requests that the slope leaves out")
     parser.add_argument("--out", type=Path, help="writes OUT.json, OUT.txt and OUT.svg")
     parser.add_argument("flags", nargs="*", help="flags of launch/serve.py, behind --")
     options = parser.parse_args()
@@ -56,8 +56,8 @@ def main() -> None:
         samples, outcome = soak(engine, options)
         outcome["requests/s"] = round(outcome["asked"] / (time.monotonic() - began), 1)
         outcome["left behind"] = report.complaint(engine.check)
-        slopes = {role: slope(samples, role) for role in samples[0]["processes"]}
-        text = f"{described(outcome)}\n\n{growth(samples, slopes)}"
+        slopes = {role: slope(samples, role, options.warm_up) for role in samples[0]["processes"]}
+        text = f"{described(outcome)}\n\n{growth(samples, slopes, options.warm_up)}"
         result: dict[str, Any] = {"outcome": outcome, "slopes": slopes, "samples": samples}
         if options.kills:
             result["with kills"] = under_fire(engine, options)
@@ -231,9 +231,9 @@ def sample(engine: Engine, done: int) -> dict[str, Any]:
     return {"done": done, "blocks": engine.blocks_in_use(), "processes": processes}
 
 
-def slope(samples: Samples, role: str) -> dict[str, float]:
+def slope(samples: Samples, role: str, warm_up: float) -> dict[str, float]:
     """Kilobytes per 1,000 requests behind the warm-up, with the interval that holds 95 % of bootstrapped ones."""
-    behind = [s for s in samples if s["done"] >= WARM_UP * samples[-1]["done"]]
+    behind = [s for s in samples if s["done"] >= warm_up * samples[-1]["done"]]
     x = np.array([s["done"] / 1000 for s in behind])
     y = np.array([s["processes"][role]["uss_mb"] * 1000 for s in behind])
     rng = np.random.default_rng(0)
@@ -280,8 +280,8 @@ def described(outcome: dict[str, Any]) -> str:
     return "\n".join([counts + rate, *outcome["examples"], outcome["left behind"]]).rstrip()
 
 
-def growth(samples: Samples, slopes: dict[str, dict[str, float]]) -> str:
-    behind = [s for s in samples if s["done"] >= WARM_UP * samples[-1]["done"]]
+def growth(samples: Samples, slopes: dict[str, dict[str, float]], warm_up: float) -> str:
+    behind = [s for s in samples if s["done"] >= warm_up * samples[-1]["done"]]
     rows = []
     for role, found in slopes.items():
         seen = [s["processes"][role] for s in behind]
