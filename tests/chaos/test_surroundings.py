@@ -20,6 +20,7 @@ WALL_CLOCK = {
     "frontend/openai/answers.py": "`created` of an answer",
     "frontend/service.py": "`created` of the models",
     "scheduler/process.py": "epochs, which must differ between two schedulers of one engine",
+    "scheduler/sight.py": "times for people, in the journal, its name, and what is tapped",
 }
 
 
