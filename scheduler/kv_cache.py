@@ -70,7 +70,7 @@ class KvCache:
         self._forked = False  # some are made before it
         self._coming: dict[bytes, Request] = {}  # full blocks that are to be computed, and for whom
         self._coming_back: set[bytes] = set()  # blocks of preempted requests
-        self._worth = Worth(num_host_blocks or num_disk_blocks)
+        self._worth = Worth(num_host_blocks + num_disk_blocks)
         self._refused: Refusal | None = None
 
     @property

@@ -24,6 +24,13 @@ def moved(server: Server, how: str) -> float:
     return server.metric("quire:kv_blocks_moved_total", how=how)
 
 
+def cached(server: Server, i: int) -> int:
+    """Tokens of a prompt that were there; no two prompts begin alike."""
+    answer = server.http.post("/v1/completions", json=body(i) | {"max_tokens": 1})
+    tokens: int = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return tokens
+
+
 @pytest.mark.parametrize("flags", [(), ("--tp", 2), ("--no-enable-prefix-caching",)], ids=["", "tp 2", "no sharing"])
 def test_swapping_changes_no_answer(undisturbed: list[str], flags: tuple[object, ...]) -> None:
     with Server(*FEW, "--swap-space", 0.05, *flags) as server:
@@ -46,12 +53,11 @@ def test_what_is_on_disk_survives(undisturbed: list[str], tmp_path: Path, how: s
                     p for p in psutil.Process(server.process.pid).children() if f"quire.launch.{role}" in p.cmdline()
                 )
                 os.kill(victim.pid, signal.SIGKILL)
-                assert asyncio.run(ask_all(server.url, CLIENTS)) == undisturbed
+                assert asyncio.run(ask_all(server.url, 14)) == undisturbed[:14]
             wait_until(lambda: server.http.get("/ready").status_code == 200)
             assert moved(server, "restored") > 0
     with Server(*flags) as server:
         server.wait_ready()
-        cached = server.http.post("/v1/completions", json=body(CLIENTS - 1)).json()["usage"]["prompt_tokens_details"]
-        assert asyncio.run(ask_all(server.url, CLIENTS)) == undisturbed
+        assert sum(cached(server, i) for i in range(CLIENTS)) > 0
         assert moved(server, "restored") > 0
-        assert cached["cached_tokens"] > 0
+        assert asyncio.run(ask_all(server.url, CLIENTS)) == undisturbed
