@@ -185,7 +185,7 @@ class _Guard:
         self._beginnings = {token[:end] for token in tokens for end in range(1, len(token))}
         self._ends = {token[begin:] for token in tokens for begin in range(1, len(token))}
         self._longest = max(map(len, tokens), default=0)
-        self._spelled = "\n".join(tokens)
+        self._spelled = START.join(tokens)  # which is in no text any more
 
     def marked(self, text: str) -> str:
         """`text` with control tokens between marks, and a border where it may become a part of one.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -149,6 +149,7 @@ def test_only_the_template_writes_control_tokens(served: tuple[str, Tokenizer], 
 
 
 @settings(max_examples=40, deadline=None)
+@example(messages=[{"role": "user", "content": "\n<"}])
 @given(messages=clean_messages)
 def test_clean_text_is_encoded_as_transformers_does(
     served: tuple[str, Tokenizer], folder: Path, messages: list[dict[str, str]]
