@@ -29,6 +29,14 @@ FAULTY = [sys.executable, str(FAULTS / "faulty_engine.py")]  # its workers fail 
 FREELY = ("--max-restarts", 100_000)  # a crash loop has a test of its own
 
 
+def is_dead(process: psutil.Process) -> bool:
+    """Whether it has ended, be it reaped or not."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 class Engine(Server):
     """A server whose parts can be found, hurt and inspected. `how` is `Server`'s, `FAULTY` for one."""
 
@@ -92,7 +100,7 @@ class Engine(Server):
         """SIGKILL one of them. Returns when the kernel has ended it, and hence before anybody can have missed it."""
         victim = self.part(role, index)
         victim.kill()
-        wait_until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE)
+        wait_until(lambda: is_dead(victim))
         return victim
 
     def wait_replaced(self, victim: psutil.Process, role: str) -> None:
