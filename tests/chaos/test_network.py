@@ -97,7 +97,7 @@ def on_hosts(hosts: Hosts, folder: Path, tp: int) -> Iterator[Parts]:
     ("tp", "host"),
     [
         (1, "sched"),
-        (2, "work1"),
+        pytest.param(2, "work1", marks=pytest.mark.long),
         pytest.param(1, "front", marks=pytest.mark.long),
         pytest.param(1, "work0", marks=pytest.mark.long),
     ],
