@@ -69,7 +69,10 @@ class Parts:
         wait_until(self.is_idle, BACK_S)
 
     def is_idle(self) -> bool:
-        lines = self.get("/metrics")[1].splitlines()
+        status, text = self.get("/metrics")
+        if status != 200:  # the scheduler was just not to be asked: the link is bad
+            return False
+        lines = text.splitlines()
         values = {
             line.partition("{")[0]: float(line.split()[-1]) for line in lines if line and not line.startswith("#")
         }
