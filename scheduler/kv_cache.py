@@ -62,7 +62,8 @@ class KvCache:
         self.pool = BlockPool(num_blocks)
         self.pins = Pins(self.pool, int(max_pinned * num_blocks) if caching else 0)
         self.disk = Tier(BlockPool(num_disk_blocks), num_blocks + num_host_blocks, log=[]) if num_disk_blocks else None
-        self.saved = self._host() or self.disk
+        self.host = Tier(BlockPool(num_host_blocks), num_blocks, behind=self.disk) if num_host_blocks else None
+        self.saved = self.host or self.disk
         self.worth_waiting = WORTH_WAITING
         self.prefill_s: Callable[[int, int], float | None] = _unknown
         self.moved: Counter[str] = Counter()  # blocks: "saved", "restored", and "recomputed" though they were saved
@@ -261,10 +262,8 @@ class KvCache:
         Requests must not hold blocks any more."""
         self.pool = BlockPool(self.num_blocks)
         self.pins.lose(self.pool)
-        block_s = self.saved.block_s if self.saved is not None else 0.0
-        self.saved = self._host() or self.disk
-        if self.saved is not None:
-            self.saved.block_s = block_s
+        if self.host is not None:
+            self.host.pool = BlockPool(self.num_host_blocks)
         if self.disk is not None:
             for written in (*unsure, *(self.disk.log or ())):
                 self.disk.pool.forget(written.digest)
@@ -288,11 +287,6 @@ class KvCache:
     @property
     def _naming(self) -> bool:
         return self.caching or self.saved is not None
-
-    def _host(self) -> Tier | None:
-        if not self.num_host_blocks:
-            return None
-        return Tier(BlockPool(self.num_host_blocks), self.num_blocks, behind=self.disk)
 
     def _still_refused(self, request: Request) -> bool:
         """A blocked request is asked for at each step: its chain is not walked again before something has changed."""

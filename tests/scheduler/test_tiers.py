@@ -100,9 +100,10 @@ class KeepsHost(KvCache):
     """What was in the memory of workers that died is found."""
 
     def lose(self, unsure: object = ()) -> None:
-        saved = self.saved
+        pool = self.host.pool if self.host else None
         super().lose(unsure)  # type: ignore[arg-type]
-        self.saved = saved
+        if self.host and pool:
+            self.host.pool = pool
 
 
 class HoldsNothing(KvCache):
