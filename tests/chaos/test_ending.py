@@ -127,5 +127,5 @@ def test_a_second_sigterm_ends_streams_at_once_and_leaves_nobody(engine: Engine)
 def test_sighup_is_like_the_end_of_a_terminal(engine: Engine) -> None:
     tree = engine.tree()
     engine.process.send_signal(signal.SIGHUP)
-    engine.process.wait(10)
+    assert engine.process.wait(10) == 0
     nobody_is_left(tree)
