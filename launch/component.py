@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..common.errors import EXIT_CONFIG, EXIT_FATAL, ConfigError
 from ..common.log import configure
-from ..common.process import END, GONE, die_with_parent, set_title
+from ..common.process import END, GONE, die_with_parent, on_termination, set_title
 from .arguments import add_option
 from .options import BY_NAME
 from .streams import say
@@ -98,12 +98,14 @@ def is_local(address: str) -> bool:
 def run(label: str, title: str, act: Callable[[], int], *, lifeline: int | None, log_level: str) -> int:
     """`act` as the body of this process; returns its exit code.
 
+    Who is asked to end before `act` has said how ends with 0: its imports take seconds.
     An import that fails must happen inside `act`: the interpreter's own exit code for an exception is 1, which
     here says that the configuration is at fault.
     """
     die_with_parent(lifeline)
     set_title(title)
     configure(label, log_level)
+    on_termination(lambda: sys.exit(0), supervised=lifeline is not None)
     try:
         return act()
     except ConfigError as error:

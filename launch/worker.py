@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from quire.worker.process import main as worker  # noqa: PLC0415 (after the lifeline is held: torch takes seconds)
 
-        supervised = values.lifeline is not None
-        return worker(scheduler=values.scheduler, rank=rank, device=device, supervised=supervised, keys=keys)
+        return worker(scheduler=values.scheduler, rank=rank, device=device, keys=keys)
 
     return run(f"worker {rank}", f"quire-worker-{rank}", act, lifeline=values.lifeline, log_level=log_level)
 

@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import platform
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -44,7 +43,6 @@ from ..common.messages import (
     pack,
 )
 from ..common.model_info import fingerprint, model_path
-from ..common.process import on_termination
 from . import failures, kv_cache
 from .decoder import Decoder
 from .failures import OutOfMemory, StepFailed
@@ -60,16 +58,14 @@ PROGRESS_S = 0.1  # between two reports of loading
 NO_EPOCH = 0
 
 
-def main(*, scheduler: str, rank: int, device: str | None, supervised: bool, keys: PeerKeys | None = None) -> int:
+def main(*, scheduler: str, rank: int, device: str | None, keys: PeerKeys | None = None) -> int:
     """Serve as `rank` of the engine whose scheduler is at `scheduler`; returns the exit code.
 
-    `device` is auto, cpu or cuda, None for what the scheduler was told. `keys` go with a scheduler that asks for them. A
-    process that is asked to end does so with 0.
+    `device` is auto, cpu or cuda, None for what the scheduler was told. `keys` go with a scheduler that asks for them.
     """
     gc.freeze()  # torch's import made half a million objects that stay: neither a step nor the end looks through them
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link: Link[ToWorker] = Link(context, wires(scheduler)[1], ToWorker, keys)
-    on_termination(lambda: sys.exit(0), supervised=supervised)
     worker = Worker(link, rank, device)
     try:
         return worker.run()

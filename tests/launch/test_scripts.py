@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -108,6 +109,25 @@ def test_a_model_without_weights_is_refused(tmp_path: Path, checkpoint: Callable
     assert_told(
         run("serve.py", str(tmp_path), "--port", "0"), "safetensors", "pytorch_model.bin", "--load-format dummy"
     )
+
+
+@pytest.mark.parametrize("name", ["worker", "frontend"])
+def test_a_part_that_still_imports_ends_with_0_when_it_is_asked_to(name: str, tmp_path: Path) -> None:
+    port = ("--port=0",) if name == "frontend" else ()
+    command = [sys.executable, str(LAUNCH / f"{name}.py"), f"--scheduler=ipc://{tmp_path}/nobody", *port]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as part:
+        while not handles(part.pid, signal.SIGTERM):
+            assert part.poll() is None
+            time.sleep(0.001)
+        part.terminate()
+        assert (part.wait(30), part.stderr.read() if part.stderr else "") == (0, "")
+
+
+def handles(pid: int, signum: signal.Signals) -> bool:
+    """Whether the process has said what it does at this signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), 16)
+    return bool(caught >> (signum - 1) & 1)
 
 
 def test_two_models_are_refused() -> None:

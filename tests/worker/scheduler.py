@@ -31,10 +31,12 @@ from .plans import admit, make_plan
 PATIENCE_S = 60.0
 CODE = """
 import sys, logging
+from quire.common.process import on_termination
 from quire.worker.process import main
+on_termination(lambda: sys.exit(0), supervised=True)
 logging.basicConfig(level="INFO")
 {planted}
-sys.exit(main(scheduler=sys.argv[1], rank=int(sys.argv[2]), device=None, supervised=True))
+sys.exit(main(scheduler=sys.argv[1], rank=int(sys.argv[2]), device=None))
 """
 BLOCK_SIZE = 8
 PROMPT = [5, 9, 200, 31, 7]
