@@ -19,8 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import report
-
+from quire.benchmarks import report
 from quire.tests.chaos.clients import Crowd, Load, Record, workload
 from quire.tests.chaos.engine import BACK_S, FREELY, Engine
 

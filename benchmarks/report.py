@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,12 @@ def facts() -> dict[str, str]:
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
     commit = _git("rev-parse", "HEAD") + (" and changes" if _git("status", "--porcelain", "-uno") else "")
     machine = f"{platform.machine()}, {psutil.cpu_count()} cores, Python {platform.python_version()}"
-    return {"command": " ".join([str(script), *sys.argv[1:]]), "commit": commit, "machine": machine}
+    return {"command": shortened(" ".join([str(script), *sys.argv[1:]])), "commit": commit, "machine": machine}
+
+
+def shortened(command: str) -> str:
+    """Of absolute paths only the end: the rest is of one machine."""
+    return re.sub(r"(?<![\w./-])/(?:[^\s:=/]+/)+", "", command)
 
 
 def _git(*words: str) -> str:

@@ -1,16 +1,20 @@
-"""Time of one schedule() and update() while every row decodes, without any device.
+"""Time of one schedule() and update() while every row decodes, and of finding a cached prefix, without any device.
 
-python benchmarks/scheduler.py [--rows 64 256 1024] [--waiting 0] [--steps 400] [--depth 2]
+python benchmarks/scheduler.py [--rows 64 256 1024] [--waiting 0] [--steps 400] [--depth 2] [--match 1000 100000] [--out FILE]
 """
 
 import argparse
 import statistics
+import sys
 import time
 from array import array
+from pathlib import Path
 
+from quire.benchmarks import drawing, report
 from quire.common.config import CacheConfig, SchedulerConfig
 from quire.common.messages import StepResult, pack
 from quire.common.sampling import SamplingParams
+from quire.scheduler.kv_cache import KvCache
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler, Step
 
@@ -61,24 +65,66 @@ def measure(num_rows: int, num_waiting: int, num_steps: int, depth: int) -> tupl
     return schedules, updates
 
 
+def matching(num_tokens: int, times: int = 60) -> list[float]:
+    """Microseconds of naming and finding the blocks of a prompt, all of which are cached, for requests that are new."""
+    kv = KvCache(2 * num_tokens // BLOCK + 2, BLOCK, caching=True)
+
+    def asking() -> Request:
+        tokens = array("i", range(num_tokens))
+        return Request(0, tokens, num_tokens, SamplingParams(max_tokens=8, seed=0))
+
+    first, taken = asking(), []
+    hit = kv.find(first, 0)
+    assert hit is not None and not hit.blocks
+    kv.admit(first, hit)
+    first.computed = num_tokens
+    kv.publish(first)
+    for _ in range(times):
+        request = asking()
+        start = time.perf_counter()
+        hit = kv.find(request, 0)
+        taken.append((time.perf_counter() - start) * 1e6)
+        assert hit is not None and len(hit.blocks) == (num_tokens - 1) // BLOCK
+    return taken
+
+
 def main() -> None:
+    options = parse()
+    taken: dict[str, dict[str, list[float]]] = {}
+    for num_rows in options.rows:
+        schedules, updates = measure(num_rows, options.waiting, options.steps, options.depth)
+        both = [a + b for a, b in zip(schedules, updates, strict=True)]
+        taken[f"{num_rows} rows"] = {"schedule": schedules, "update": updates, "both": both}
+        print(f"{num_rows} rows: {told(both)} us", file=sys.stderr, flush=True)
+    found = {f"{num_tokens} tokens": matching(num_tokens) for num_tokens in options.match}
+    steps = [[name, *(told(times) for times in parts.values())] for name, parts in taken.items()]
+    text = f"Microseconds, median (1st to 99th percentile) of {options.steps - 8} steps at depth {options.depth}:\n\n"
+    text += report.table(["", "schedule", "update", "both"], steps)
+    text += "\n\nTo name and find a cached prompt:\n\n"
+    text += report.table(["", "find"], [[name, told(times)] for name, times in found.items()])
+    print(f"\n{text}")
+    if options.out:
+        medians = {name: {part: statistics.median(of) for part, of in parts.items()} for name, parts in taken.items()}
+        result = {"step_us": medians, "find_us": {name: statistics.median(of) for name, of in found.items()}}
+        report.write(options.out, result, text)
+        with drawing.figure(options.out.with_suffix(".png")) as (panel,):
+            drawing.shares(panel, {name: parts["both"] for name, parts in taken.items()}, "schedule and update, µs")
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--waiting", type=int, default=0, help="requests that wait for a row, each of another tenant")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--depth", type=int, default=2)
-    options = parser.parse_args()
-    print(f"microseconds, median (1st to 99th percentile) of {options.steps - 8} steps at depth {options.depth}")
-    print(f"{'rows':>6} {'schedule':>22} {'update':>22} {'both':>22}")
-    for num_rows in options.rows:
-        schedules, updates = measure(num_rows, options.waiting, options.steps, options.depth)
-        both = [a + b for a, b in zip(schedules, updates, strict=True)]
-        print(f"{num_rows:>6} {spread(schedules):>22} {spread(updates):>22} {spread(both):>22}")
+    parser.add_argument("--match", type=int, nargs="*", default=[1_000, 100_000], help="lengths of cached prompts")
+    parser.add_argument("--out", type=Path, help="writes OUT.json, OUT.txt and OUT.png")
+    return parser.parse_args()
 
 
-def spread(times: list[float]) -> str:
+def told(times: list[float]) -> str:
     percentiles = statistics.quantiles(times, n=100)
-    return f"{statistics.median(times):.0f} ({percentiles[0]:.0f} to {percentiles[-1]:.0f})"
+    return f"{statistics.median(times):,.0f} ({percentiles[0]:,.0f} to {percentiles[-1]:,.0f})"
 
 
 if __name__ == "__main__":

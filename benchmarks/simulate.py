@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import report
-from plot import lines
-
+from quire.benchmarks import report
+from quire.benchmarks.drawing import Chart, charts
 from quire.benchmarks.simulation import picture, runs
 from quire.benchmarks.simulation.gpu import Fitted, Roofline
 from quire.benchmarks.simulation.measures import Objective
@@ -92,10 +91,10 @@ def run(options: Options, out: Path | None) -> None:
         }
         report.write(out, {"options": told, **result}, text)
         if drawn:
-            out.with_suffix(".svg").write_text(drawn)
+            charts(out.with_suffix(".png"), drawn)
 
 
-def compare(options: Options) -> tuple[dict[str, Any], str, str]:
+def compare(options: Options) -> tuple[dict[str, Any], str, list[Chart]]:
     rate = rate_of(options)
     found, reports = {}, {}
     for name in options.policies:
@@ -106,7 +105,7 @@ def compare(options: Options) -> tuple[dict[str, Any], str, str]:
     return {"rate": rate, "policies": reports}, text, picture.compared(found)
 
 
-def flood(options: Options) -> tuple[dict[str, Any], str, str]:
+def flood(options: Options) -> tuple[dict[str, Any], str, list[Chart]]:
     rate = rate_of(options)
     mix = mix_of(options, tenants=tuple(f"tenant {i}" for i in range(options.tenants)))
     found: dict[str, Any] = {}
@@ -131,7 +130,7 @@ def flood(options: Options) -> tuple[dict[str, Any], str, str]:
     return {"rate": rate, "policies": found}, text, picture.beside_a_flood(found)
 
 
-def plan(options: Options) -> tuple[dict[str, Any], str, str]:
+def plan(options: Options) -> tuple[dict[str, Any], str, list[Chart]]:
     rate = rate_of(options)
     rows: list[tuple[int, str]] = []
     objective = objective_of(options)
@@ -154,11 +153,11 @@ def plan(options: Options) -> tuple[dict[str, Any], str, str]:
     return (
         {"rate": rate, "replicas": needed, "tried": rows},
         f"{text}\n\n{report.table(('replicas', 'good'), sorted(rows))}",
-        "",
+        [],
     )
 
 
-def memory(options: Options) -> tuple[dict[str, Any], str, str]:
+def memory(options: Options) -> tuple[dict[str, Any], str, list[Chart]]:
     def told(requests: int, used: float) -> None:
         print(f"\r{requests:,} requests: {used / 2**20:.1f} MiB", end="", file=sys.stderr, flush=True)
 
@@ -173,11 +172,11 @@ def memory(options: Options) -> tuple[dict[str, Any], str, str]:
         f"private memory {watch.samples[0][1] / 2**20:.1f} MiB after {watch.samples[0][0]:,}, {watch.samples[-1][1] / 2**20:.1f} MiB at the end,"
         f" {watch.growth:.3f} bytes a request from the second quarter to the last"
     )
-    drawn = lines({"scheduler": [(n, b / 2**20) for n, b in watch.samples]}, "requests", "private memory (MiB)")
-    return {"growth_bytes": watch.growth, "samples": watch.samples}, text, drawn
+    drawn = Chart({"scheduler": [(n, b / 2**20) for n, b in watch.samples]}, "requests", "private memory (MiB)")
+    return {"growth_bytes": watch.growth, "samples": watch.samples}, text, [drawn]
 
 
-COMMANDS: dict[str, Callable[[Options], tuple[dict[str, Any], str, str]]] = {
+COMMANDS: dict[str, Callable[[Options], tuple[dict[str, Any], str, list[Chart]]]] = {
     "compare": compare,
     "flood": flood,
     "plan": plan,
@@ -189,7 +188,7 @@ def parse(words: list[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("command", choices=[*COMMANDS, "aims"])
-    add("--out", type=Path, help="writes OUT.json, OUT.txt and OUT.svg")
+    add("--out", type=Path, help="writes OUT.json, OUT.txt and OUT.png")
     add("--seed", type=int, default=0)
     add(
         "--policies",

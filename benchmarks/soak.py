@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import report
-from plot import lines
 
+from quire.benchmarks import report
+from quire.benchmarks.drawing import Chart, charts
 from quire.tests.chaos.clients import Body, Connection, Record, ask, whole, workload
 from quire.tests.chaos.engine import BACK_S, FREELY, Engine, role_of
 from quire.tests.e2e.server import wait_until
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--warm-up", type=float, default=0.2, help="share of the requests that the slope leaves out")
-    parser.add_argument("--out", type=Path, help="writes OUT.json, OUT.txt and OUT.svg")
+    parser.add_argument("--out", type=Path, help="writes OUT.json, OUT.txt and OUT.png")
     parser.add_argument("flags", nargs="*", help="flags of launch/serve.py, behind --")
     options = parser.parse_args()
     with Engine(*FREELY, *FEW_BLOCKS, *options.flags) as engine:
@@ -69,7 +69,7 @@ def main() -> None:
         series = {
             role: [(sample["done"], sample["processes"][role]["uss_mb"]) for sample in samples] for role in slopes
         }
-        options.out.with_suffix(".svg").write_text(lines(series, "requests", "private memory, MB"))
+        charts(options.out.with_suffix(".png"), [Chart(series, "requests", "private memory, MB")])
     told = [outcome, *([result["with kills"]] if options.kills else [])]
     if any(part["lost"] or part["altered"] or part["left behind"] for part in told):
         raise SystemExit(1)

@@ -176,6 +176,7 @@ class Output(Struct, array_like=True, frozen=True, gc=False):
     rejection: str = ""
     retry_after_s: float = 0.0  # with all but "too_long": when there may be room
     hypotheses: list[Hypothesis] = []
+    logprobs: list[float] = []  # of the tokens, where `SamplingParams.best_of` asks for them
 
     @property
     def num_tokens(self) -> int:
@@ -215,6 +216,7 @@ class WorkerReady(Message, frozen=True):
     host_bytes: int = 0  # of host memory, for blocks that the device has no room for
     disk_bytes: int = 0  # likewise of a file
     window: int = 0  # tokens that the layer which sees furthest sees; 0: all
+    kv_layout: str = ""  # how a block is laid out: on disk it is of use only to workers that say the same
 
 
 class Allocated(Message, frozen=True):
@@ -238,7 +240,8 @@ class StepResult(Message, frozen=True):
     counts: bytes  # int32: new tokens of each sampling row (more than one under speculation)
     tokens: bytes  # int32, concatenated
     took_us: int = 0  # computing it, without waiting for the steps before
-    # The likeliest tokens of each row that asks for `SamplingParams.num_candidates`, row after row, likeliest first.
+    # The likeliest tokens of each row that asks for `SamplingParams.num_candidates`, row after row, likeliest first; of a
+    # row that asks for one, the token that was drawn.
     best_ids: bytes = b""  # int32
     best_logprobs: bytes = b""  # float32, of the model's own distribution
 

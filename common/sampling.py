@@ -44,6 +44,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     ignore_eos: Annotated[bool, Meta(description="Do not end at the model's end-of-sequence tokens.")] = False
     include_stop_str_in_output: Annotated[bool, Meta(description="Keep the stop string in the text.")] = False
     skip_special_tokens: Annotated[bool, Meta(description="Leave special tokens out of the text.")] = True
+    best_of: Annotated[int, Meta(ge=0, le=MAX_CHOICES, description="Draw this many sequences and return the n that are likeliest; 0: n.")] = 0
     beam_width: Annotated[int, Meta(ge=0, le=MAX_CHOICES, description="Beam search with this many beams, of which the n best are returned; 0: none.")] = 0
     length_penalty: Annotated[float, Meta(ge=-5.0, le=5.0, description="Beams are compared by their log-probability over their length to this power.")] = 1.0
     early_stopping: Annotated[bool | Literal["never"], Meta(description="When a beam search ends: true, with beam_width complete answers; false, when better ones are unlikely; \"never\", when there can be none.")] = False
@@ -52,12 +53,13 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     @property
     def num_sequences(self) -> int:
         """That are computed side by side for a prompt."""
-        return self.beam_width or self.n
+        return self.beam_width or max(self.n, self.best_of)
 
     @property
     def num_candidates(self) -> int:
-        """Tokens that the worker is asked for at each step: as many as leave each beam one that ends nothing."""
-        return max(2, 1 + len(self.stop_token_ids)) * self.beam_width
+        """Tokens whose log-probability the worker is asked for at each step. Of a beam search as many of the likeliest as
+        leave each beam one that ends nothing; 1: the one that is drawn."""
+        return max(2, 1 + len(self.stop_token_ids)) * self.beam_width if self.beam_width else min(self.best_of, 1)
 
     def checked(self) -> "SamplingParams":
         """The same parameters once types and ranges hold; raises `RequestError` naming the field otherwise."""
@@ -80,6 +82,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
         resolved = msgspec.structs.replace(
             self,
             n=self.n if self.beam_width else 1,
+            best_of=int(self.best_of > self.n),
             max_tokens=max_tokens,
             min_tokens=min(self.min_tokens, max_tokens),
             temperature=0.0 if self.beam_width else self.temperature,
@@ -116,11 +119,14 @@ def check(fields: dict[str, object]) -> SamplingParams:
             f"min_tokens must not exceed max_tokens, got {params.min_tokens} > {params.max_tokens}", param="min_tokens"
         )
     _check_beams(params)
+    if 0 < params.best_of < params.n:
+        raise RequestError(f"best_of must not be less than n, got {params.best_of} < {params.n}", param="best_of")
     return params
 
 
 # What a beam search does without, with the values that ask for nothing.
-_NOT_WITH_BEAMS = {
+_NOT_WITH_BEAMS: dict[str, tuple[object, ...]] = {
+    "best_of": (0,),
     "temperature": (0.0, 1.0),
     "top_k": (0, -1),
     "top_p": (1.0,),

@@ -53,7 +53,7 @@ def _routes(service: Service) -> FastAPI:
     app = DescribedAPI(title="Quire", version=version("quire"), redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.state.large_bodies = asyncio.Lock()
-    for router in (routes.router, pins.router, models.router, completions.router, chat.router):
+    for router in (completions.router, chat.router, routes.router, pins.router, models.router):  # looked at in turn
         app.include_router(router)
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(EngineError, _engine_error)

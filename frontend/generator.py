@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 import msgspec
 from msgspec.msgpack import encode
@@ -12,7 +13,7 @@ from ..common.messages import Capacity, most_blocks
 from ..common.sampling import INT64_MAX, MAX_TOKEN_IDS, SamplingParams
 from .detokenizer import Detokenizer
 from .engine_client import EngineClient
-from .outputs import CompletionOutput, RequestOutput
+from .outputs import Accumulator, CompletionOutput, RequestOutput
 from .streams import Routing, TokenStream
 from .tokenizer import Tokenizer
 
@@ -90,17 +91,25 @@ class Generator:
         resolved: SamplingParams,
         routing: Routing,
         wake: asyncio.Event,
-    ) -> "Iterator[_Choice | _Search]":
+    ) -> "Iterator[_Choice | _Search | _Best]":
         """Submits them one after the other."""
         texts = [
-            Detokenizer(self.tokenizer.backend, self.tokenizer.special_ids, prompt, params) for _ in range(params.n)
+            Detokenizer(self.tokenizer.backend, self.tokenizer.special_ids, prompt, params)
+            for _ in range(params.n if params.beam_width else params.num_sequences)
         ]
         if params.beam_width:
             yield _Search(self.client.submit(prompt, resolved, routing=routing, wake=wake), texts)
             return
+        drawn: list[_Choice] = []
+        if resolved.best_of:
+            yield _Best(drawn, params.n)
         for index, text in enumerate(texts):
             sampling = msgspec.structs.replace(resolved, seed=_shifted(resolved.seed or 0, index))
-            yield _Choice(index, self.client.submit(prompt, sampling, routing=routing, wake=wake), text)
+            choice = _Choice(index, self.client.submit(prompt, sampling, routing=routing, wake=wake), text)
+            if resolved.best_of:
+                drawn.append(choice)
+            else:
+                yield choice
 
     def resolve(self, ids: Sequence[int], params: SamplingParams, *, param: str = "prompt") -> SamplingParams:
         """What the engine is sent for this prompt; raises RequestError, naming `param`, when it cannot be served."""
@@ -145,7 +154,7 @@ class _Request:
     """The sequences of one prompt."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
-        self.parts: list[_Choice | _Search] = []
+        self.parts: list[_Choice | _Search | _Best] = []
         self._prompt = list(prompt)
         self._num_cached = 0
 
@@ -165,7 +174,7 @@ class _Request:
 
     def close(self) -> None:
         for part in self.parts:
-            part.stream.close()
+            part.close()
 
 
 class _Choice:
@@ -176,6 +185,7 @@ class _Choice:
         self.stream = stream
         self.finished = False
         self.num_cached = 0
+        self.logprob = 0.0  # of what counts
         self._detokenizer = detokenizer
 
     def advance(self) -> list[CompletionOutput]:
@@ -187,8 +197,43 @@ class _Choice:
         new = self._detokenizer.push(delta.tokens, delta.finish)
         if new.finish_reason is not None:
             self.finished = True
-            self.stream.close()  # the engine does not know of stop strings
+            self.close()  # the engine does not know of stop strings
+        self.logprob += sum(delta.logprobs[: len(new.token_ids)])
         return [CompletionOutput(self.index, new.text, new.token_ids, new.finish_reason, new.stop_reason)]
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class _Best:
+    """Sequences of which the likeliest are the choices of a request, which come at once, best first."""
+
+    def __init__(self, drawn: Sequence[_Choice], number: int) -> None:
+        self.finished = False
+        self._drawn, self._number = drawn, number
+        self._whole = Accumulator()
+
+    @property
+    def num_cached(self) -> int:
+        return max(choice.num_cached for choice in self._drawn)
+
+    def advance(self) -> list[CompletionOutput]:
+        """As a `_Choice`."""
+        for choice in self._drawn:
+            if not choice.finished:
+                self._whole.add(RequestOutput("", None, [], choice.advance()))
+        self.finished = all(choice.finished for choice in self._drawn)
+        if not self.finished:
+            return []
+        outputs = self._whole.total().outputs
+        for choice, output in zip(self._drawn, outputs, strict=True):
+            output.cumulative_logprob = choice.logprob
+        best = sorted(self._drawn, key=lambda choice: -choice.logprob)[: self._number]
+        return [replace(outputs[choice.index], index=rank) for rank, choice in enumerate(best)]
+
+    def close(self) -> None:
+        for choice in self._drawn:
+            choice.close()
 
 
 class _Search:
@@ -213,6 +258,9 @@ class _Search:
                 CompletionOutput(index, new.text, new.token_ids, new.finish_reason, new.stop_reason, found.logprob)
             )
         return outputs
+
+    def close(self) -> None:
+        self.stream.close()
 
 
 def _check_routing(routing: Routing) -> None:

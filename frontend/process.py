@@ -93,6 +93,8 @@ async def _start(service: Service, app: App) -> None:
     app.configure(options)
     tokenizer = await asyncio.to_thread(_load_tokenizer, welcome.config.model, options, welcome.model.max_model_len)
     service.generator = Generator(service.client, tokenizer)
+    gc.collect()
+    gc.freeze()  # what is here stays: no collection looks through it while tokens wait
     log.info(
         "tokenizer loaded%s", "" if tokenizer.has_chat_template else "; it has no chat template, so chat is refused"
     )

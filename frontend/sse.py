@@ -28,19 +28,33 @@ def event(data: Any) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
+class EventTemplate:
+    """Events that differ in one text alone: all around it is encoded once."""
+
+    def __init__(self, example: bytes, field: str) -> None:
+        """`example` is such an event, with "" in that field."""
+        name = f'"{field}":'.encode()
+        head, self._tail = example.split(name + b'""')  # nowhere else: quotes within a text are escaped
+        self._head = head + name
+
+    def event(self, text: str) -> bytes:
+        return self._head + msgspec.json.encode(text) + self._tail
+
+
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`. When the client goes away first, `work` is cancelled and ClientGone raised."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    presence = asyncio.timeout(None)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        for unfinished in (task, gone):
-            unfinished.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        async with presence:
+            gone = asyncio.create_task(_end_when_gone(receive, presence))
+            try:
+                return await work
+            finally:
+                gone.cancel()
+    except TimeoutError:
+        if presence.expired():
+            raise ClientGone from None
+        raise
 
 
 class EventStream(Response):
@@ -61,6 +75,7 @@ class EventStream(Response):
         self._first = first
         self._events = events
         self._write_stall_s = write_stall_s
+        self._writing_since: float | None = None
         self.status_code = 200
         self.background = None
         self.media_type = "text/event-stream"
@@ -78,10 +93,27 @@ class EventStream(Response):
             await self._events.aclose()
 
     async def _send(self, send: Send, request_id: str) -> None:
-        async for frame in self._frames(request_id):
-            async with asyncio.timeout(self._write_stall_s):
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(None) as patience:
+            self._watch(loop, patience)
+            try:
+                async for frame in self._frames(request_id):
+                    self._writing_since = loop.time()
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
+                    self._writing_since = None
+            finally:
+                self._clock.cancel()
         await send({"type": "http.response.body", "body": b""})
+
+    def _watch(self, loop: asyncio.AbstractEventLoop, patience: asyncio.Timeout) -> None:
+        """End a write that has waited for too long. One timer for the stream: one for each write would cost as much as
+        the write."""
+        now = loop.time()
+        due = (now if self._writing_since is None else self._writing_since) + self._write_stall_s
+        if due <= now:
+            patience.reschedule(now)
+        else:
+            self._clock = loop.call_at(due, self._watch, loop, patience)
 
     async def _frames(self, request_id: str) -> AsyncIterator[bytes]:
         yield self._first
@@ -116,6 +148,7 @@ def _error_event(error: RequestError) -> bytes:
     return b"data: " + errors.body(error) + b"\n\n"
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _end_when_gone(receive: Receive, presence: asyncio.Timeout) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    presence.reschedule(asyncio.get_running_loop().time())

@@ -28,6 +28,7 @@ class TokenDelta(Struct, frozen=True):
     tokens: list[int]
     finish: str | None  # "stop" (a stop token, which is the last id) or "length"; None while it runs
     num_cached: int  # prompt tokens found in the prefix cache; final with the first delta
+    logprobs: Sequence[float] = ()  # of the tokens, where they were asked for
     hypotheses: Sequence[Hypothesis] = ()  # of a beam search, which has nothing else to tell
 
 
@@ -78,6 +79,7 @@ class TokenStream:
         self._finish: str | None = None
         self._error: QuireError | None = None
         self._num_cached = 0
+        self._logprobs: list[float] = []  # of `output`, where they are asked for
         self._hypotheses: list[Hypothesis] = []
         self._finish_taken = False
 
@@ -120,6 +122,7 @@ class TokenStream:
         if not self.output:
             self._num_cached = output.num_cached
         self.output += output.tokens[num_known:]
+        self._logprobs += output.logprobs[num_known:]
         if len(self.output) - self._submitted >= PROOF_TOKENS:
             self.attempts = 0
         if output.finish in ("stop", "length"):
@@ -137,12 +140,12 @@ class TokenStream:
 
         The delta that carries a finish reason is the last one.
         """
-        tokens = self.output[self._taken :]
+        tokens, logprobs = self.output[self._taken :], self._logprobs[self._taken :]
         self._taken = len(self.output)
         ends = self._finish is not None and not self._finish_taken
         if tokens or ends:
             self._finish_taken = ends
-            return TokenDelta(tokens, self._finish, self._num_cached, self._hypotheses)
+            return TokenDelta(tokens, self._finish, self._num_cached, logprobs, self._hypotheses)
         if self._error is not None:
             raise self._error
         return None

@@ -97,6 +97,11 @@ def likeliest(logits_sv: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return ids, logprobs
 
 
+def logprobs_of(logits_sv: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities [s] float32 of these ids [s], likewise."""
+    return logits_sv.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
 def _choose(logits_sv: Tensor, draws: Draws, tokens: Tensor) -> Tensor:
     """As `sample`, for rows of which each asks for something. Overwrites the logits."""
     _adjust(logits_sv, draws, tokens)

@@ -17,6 +17,7 @@ COMMANDS = {  # name -> (module with main(argv, prog=...), what it does)
     "keys": ("keys", "Make the keys of an engine on several hosts."),
     "tap": ("tap", "Show what the processes of a running engine say to each other."),
     "journal": ("journal", "Have a running engine write down what its scheduler did."),
+    "bench": ("bench", "Measure how fast it is, and what others take."),
     "replay": ("replay", "Run a scheduler again from its journal, on no device."),
 }
 

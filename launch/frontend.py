@@ -12,7 +12,7 @@ from collections.abc import Sequence
 try:
     from quire.common.errors import ConfigError
     from quire.launch.arguments import Parser, add_option, chosen
-    from quire.launch.component import add_keys, add_lifeline, add_scheduler, peer_keys, run, told
+    from quire.launch.component import add_keys, add_lifeline, add_scheduler, importing, peer_keys, run, told
     from quire.launch.listen import inherited, listen, url_of
     from quire.launch.options import BY_NAME
 except ModuleNotFoundError as error:
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     supervised = values.lifeline is not None
 
     def act() -> int:
-        from quire.frontend.process import main as frontend  # noqa: PLC0415 (after the lifeline is held)
+        with importing():
+            from quire.frontend.process import main as frontend  # noqa: PLC0415 (after the lifeline is held)
 
         if not supervised:  # else the supervisor says where, once it is of use
             log.info("listening on %s, waiting for the scheduler at %s", url_of(sock), values.scheduler)

@@ -13,7 +13,7 @@ try:
     from quire.common.errors import ConfigError
     from quire.launch.arguments import SOURCES, Parser, add_options, configuration, printable
     from quire.launch.checks import check_model
-    from quire.launch.component import ADDRESS, add_keys, add_lifeline, run, scheduler_keys, told
+    from quire.launch.component import ADDRESS, add_keys, add_lifeline, importing, run, scheduler_keys, told
     from quire.launch.run_directory import run_directory
 except ModuleNotFoundError as error:
     if error.name != "quire":
@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return told(error)
 
     def act() -> int:
-        from quire.launch.claim import claimed  # noqa: PLC0415 (after the lifeline is held)
-        from quire.scheduler.process import main as scheduler  # noqa: PLC0415 (as above)
+        with importing():
+            from quire.launch.claim import claimed  # noqa: PLC0415 (after the lifeline is held)
+            from quire.scheduler.process import main as scheduler  # noqa: PLC0415 (as above)
 
         info = check_model(config.model)
         supervised = values.lifeline is not None

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 try:
     from quire.common.errors import ConfigError
     from quire.launch.arguments import Parser, add_option, chosen
-    from quire.launch.component import add_keys, add_lifeline, add_scheduler, peer_keys, run, told
+    from quire.launch.component import add_keys, add_lifeline, add_scheduler, importing, peer_keys, run, told
     from quire.launch.options import BY_NAME
 except ModuleNotFoundError as error:
     if error.name != "quire":
@@ -50,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # being idle or shared with two busy processes: 3,280 or 57 spinning for long, 2,070 or 1,109 sleeping at once,
         # 2,454 or 1,328 after a thousand spins.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-        from quire.worker.process import main as worker  # noqa: PLC0415 (after the lifeline is held: torch takes seconds)
+        with importing():
+            from quire.worker.process import main as worker  # noqa: PLC0415 (after the lifeline is held: torch takes seconds)
 
         return worker(scheduler=values.scheduler, rank=rank, device=device, keys=keys)
 

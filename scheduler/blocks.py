@@ -24,7 +24,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         self._refs = [0] * (num_blocks + 1)
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
-        self._content: dict[int, tuple[bytes, bytes]] = {}  # block -> digest of its prefix, bytes of its own tokens
+        self._digests = [b""] * (num_blocks + 1)  # of the prefixes that blocks are published for
+        self._tokens = [b""] * (num_blocks + 1)  # and their own
         self._by_digest: dict[bytes, int] = {}
         self.pinned: dict[int, int] = {}  # block -> how often; published ones
         self.num_idle = 0  # pinned blocks that nobody holds
@@ -36,7 +37,7 @@ class BlockPool:
 
     @property
     def num_published(self) -> int:
-        return len(self._content)
+        return len(self._by_digest)
 
     def count_free(self, blocks: Iterable[int]) -> int:
         """How many of them nobody holds, and nothing keeps."""
@@ -62,9 +63,9 @@ class BlockPool:
         that held something."""
         evicted = []
         for block in islice(self._free, count):
-            if content := self._content.pop(block, None):
-                del self._by_digest[content[0]]
-                evicted.append((block, *content))
+            if digest := self._digests[block]:
+                evicted.append((block, digest, self._tokens[block]))
+                self.retract(block)
         return evicted
 
     def share(self, blocks: Iterable[int]) -> None:
@@ -107,14 +108,15 @@ class BlockPool:
 
     def publish(self, block: int, digest: bytes, tokens: bytes) -> None:
         """Let `find` return a held block. No effect when a block of equal content, or this one, is published."""
-        if digest not in self._by_digest and block not in self._content:
+        if digest not in self._by_digest and not self._digests[block]:
             self._by_digest[digest] = block
-            self._content[block] = (digest, tokens)
+            self._digests[block], self._tokens[block] = digest, tokens
 
     def retract(self, block: int) -> None:
         """Undo `publish`, if there was one."""
-        if content := self._content.pop(block, None):
-            del self._by_digest[content[0]]
+        if digest := self._digests[block]:
+            del self._by_digest[digest]
+            self._digests[block] = self._tokens[block] = b""
 
     def forget(self, digest: bytes) -> int | None:
         """Let `find` return no block for this prefix any more; which one it was."""
@@ -125,17 +127,15 @@ class BlockPool:
     def find(self, digest: bytes, tokens: bytes) -> int | None:
         """The published block of this prefix. Its tokens are compared too, so a collision is a miss."""
         block = self._by_digest.get(digest)
-        if block is None or self._content[block][1] != tokens:
-            return None
-        return block
+        return block if block is not None and self._tokens[block] == tokens else None
 
     def find_chain(self, digests: Sequence[bytes], tokens: bytes) -> list[int]:
         """The published blocks of a prefix, up to the first that `find` would miss; `tokens` are those of all of them."""
         found = list(map(self._by_digest.get, digests))
         blocks = cast(list[int], found[: found.index(None)] if None in found else found)
-        held = b"".join([self._content[block][1] for block in blocks])
+        held = b"".join([self._tokens[block] for block in blocks])
         while blocks and held != tokens[: len(held)]:
-            held = held[: -len(self._content[blocks.pop()][1])]
+            held = held[: -len(self._tokens[blocks.pop()])]
         return blocks
 
     def knows(self, digest: bytes) -> bool:
@@ -151,17 +151,17 @@ class BlockPool:
         assert NULL_BLOCK not in holders and NULL_BLOCK not in self._free, "the null block was handed out"
         assert len(self._free) + self.num_idle + len(holders) == self.num_blocks, "a block is neither free nor held"
         assert self.num_idle == sum(block not in holders for block in self.pinned), "idle blocks are miscounted"
-        assert self.pinned.keys() <= self._content.keys(), "a block is pinned that nobody can find"
-        assert len(self._content) == len(self._by_digest), "index out of step"
+        assert all(self._digests[block] for block in self.pinned), "a block is pinned that nobody can find"
+        assert len(self._digests) - self._digests.count(b"") == len(self._by_digest), "index out of step"
         for block in range(1, self.num_blocks + 1) if blocks is None else blocks:
             refs = self._refs[block]
             assert refs == holders[block], f"block {block} counts {refs} holders and has {holders[block]}"
             free = refs == 0 and block not in self.pinned
             assert (block in self._free) == free, f"block {block} with {refs} holders is in the wrong place"
-            if content := self._content.get(block):
-                assert self._by_digest.get(content[0]) == block, f"block {block} is not found by its content"
+            if digest := self._digests[block]:
+                assert self._by_digest.get(digest) == block, f"block {block} is not found by its content"
 
     def _set_free(self, block: int) -> None:
         self._free[block] = None
-        if block not in self._content:
+        if not self._digests[block]:
             self._free.move_to_end(block, last=False)

@@ -107,9 +107,13 @@ class Tenants:
     def rows_kept(self, request: Request, num_rows: int) -> int:
         """Rows that stay free when the request is admitted: for others that were here lately and are not waiting now. To
         wait for a row is what a tenant would notice most of another one's flood."""
+        return num_rows // KEPT_ROWS if self.crowds(request, num_rows) else 0
+
+    def crowds(self, request: Request, num_rows: int) -> bool:
+        """Whether its tenant runs more than an equal part of the rows, while others were here lately."""
         account, num_tenants = request.account, len(self._accounts)
         num_running = account.num_requests - len(account.waiting)
-        return num_rows // KEPT_ROWS if num_tenants > 1 and num_running * num_tenants > num_rows else 0
+        return num_tenants > 1 and num_running * num_tenants > num_rows
 
     def _enlist(self, account: Account) -> None:
         self._entries[account] = entry = (account.level, account.waiting[0].arrival, account)

@@ -23,6 +23,8 @@ def request(submit: Submit, client: bytes, vocab_size: int, arrived_at: float) -
         raise Malformed("the prompt is empty")
     if sampling.max_tokens is None or sampling.seed is None or not 1 <= sampling.n <= max(1, sampling.beam_width):
         raise Malformed("the sampling parameters are not resolved")
+    if sampling.best_of > 1:
+        raise Malformed("the sequences that one is chosen of are submitted one by one")
     if sampling.beam_width and (output or sampling.num_candidates > vocab_size):
         raise Malformed("a beam search has no output before its end, and fewer candidates than there are tokens")
     if beyond := [id for id in (*sampling.logit_bias, *sampling.stop_token_ids) if id >= vocab_size]:

@@ -162,7 +162,7 @@ class Journal:
     @property
     def full(self) -> bool:
         """Whether the segment is."""
-        return self._current.num_bytes > self.size // 2
+        return self._current.num_bytes > self.size // 3
 
     @property
     def worth_ending(self) -> bool:
@@ -212,7 +212,7 @@ class Journal:
             self.note(NotPlanned(count))
 
     def _forget(self) -> None:
-        while len(self.segments) > 1 and self.num_bytes + self.size // 2 > self.size:
+        while len(self.segments) > 1 and self.num_bytes + self.size // 3 > self.size:
             self.segments.popleft()
             self.num_dropped += 1
 

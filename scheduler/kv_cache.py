@@ -104,7 +104,7 @@ class KvCache:
         needed = self.blocks_for(len(request.tokens)) - len(on_device) + reserve
         if self.num_free == self.num_blocks:
             self._unpin_for(needed, on_device)
-        if needed > self._room_beside(on_device):
+        if needed > self.pool.num_free - len(on_device) and needed > self._room_beside(on_device):  # the first is quick
             end = request.digests[len(found)] if len(found) < len(request.digests) else b""
             self._refused = Refusal(request, self.pool.num_released, end)
             return None

@@ -40,6 +40,7 @@ class Claim(NamedTuple):
     priority: int = 0
     level: float = 0.0  # of its tenant
     turn: int = 0  # the order of admission
+    crowds: bool = False  # its tenant has more than its part of the rows, and there are others
 
     @property
     def order(self) -> tuple[int, float, int, int]:
@@ -144,17 +145,20 @@ class Pace:
         two prompts at any rate.
 
         In their order: of a tenant's prompts the shortest comes first, so that a long one does not hold up the short
-        ones behind it. Half of the step is kept for the one that was admitted first, so that they do not hold it up.
+        ones behind it. Half of the step is kept for the one that was admitted first, so that they do not hold it up. Who
+        crowds adds no more than half: others come at any time, and wait for the steps in flight before their own.
         """
         counts = [0] * len(claims)
         order = sorted(range(len(claims)), key=lambda i: claims[i].order)
         first = min(order, key=lambda i: (*claims[i].order[:2], claims[i].turn), default=0)
-        kept, kept_s = (budget + 1) // 2, spare_s / 2 if spare_s < inf else 0.0
+        half_s = spare_s / 2 if spare_s < inf else 0.0
+        kept, kept_s = (budget + 1) // 2, half_s
         for i in order:
             if i == first:
                 kept, kept_s = 0, 0.0
             start, left = claims[i][:2]
-            counts[i] = min(left, max(0, budget - kept), self.chunk(start, spare_s - kept_s))
+            mine_s = spare_s - (half_s if claims[i].crowds else kept_s)
+            counts[i] = min(left, max(0, budget - kept), self.chunk(start, mine_s))
             budget -= counts[i]
             spare_s -= self.cost_s(Claim(start, counts[i]))
         for i in (first, order[0]) if order else ():

@@ -1,8 +1,9 @@
 """Names of KV: equal names stand for equal prefixes, so what was computed before is found again.
 
-A full block is named by a SHA-256 chain: digest(i) = H(digest(i - 1) | its token ids as int32), digest(-1) = H(salt).
-A name thus stands for the whole prefix and for who may share it. Chained block hashes are vLLM's automatic prefix
-caching; nano-vllm's comparison of the stored tokens is in `BlockPool.find`.
+A full block is named by SHA-256, in a chain of runs of `RUN` blocks: digest(i) = H(digest of the last block of the run
+before | token ids, as int32, of its own run up to itself), digest(-1) = H(salt). A name thus stands for the whole prefix
+and for who may share it, and for nothing else: it is the same in another process. Chained block hashes are vLLM's
+automatic prefix caching; nano-vllm's comparison of the stored tokens is in `BlockPool.find`.
 """
 
 import sys
@@ -13,6 +14,7 @@ from .blocks import BlockPool
 from .request import Request
 
 NEVER = sys.maxsize  # as `publish_at`: this request's blocks are not shared
+RUN = 32  # blocks that one hash goes through, since going on costs less than beginning; less than one is hashed again
 
 
 def nowhere(_digest: bytes, _tokens: bytes) -> int | None:
@@ -58,16 +60,22 @@ def name(request: Request, index: int, block_size: int) -> tuple[bytes, bytes]:
 
 def extend(request: Request, count: int, block_size: int) -> None:
     """Name the first `count` blocks. Names are kept: each is computed once in a request's life."""
-    digests = request.digests
-    if (first := len(digests)) >= count:
+    digests, first = request.digests, len(request.digests)
+    if first >= count:
         return
-    parent = digests[-1] if digests else root(request)
-    tokens = request.tokens[first * block_size : count * block_size].tobytes()
-    size = len(tokens) // (count - first)
-    digest_of, append = sha256, digests.append  # 6,000 times for a prompt of 100,000 tokens
-    for begin in range(0, len(tokens), size):
-        parent = digest_of(parent + tokens[begin : begin + size]).digest()
-        append(parent)
+    begin = first - first % RUN
+    tokens = request.tokens[begin * block_size : count * block_size].tobytes()
+    size = len(tokens) // (count - begin)
+    next_at = (first - begin) * size
+    for run_at in range(0, len(tokens), RUN * size):
+        run = sha256(digests[begin + run_at // size - 1] if begin or run_at else root(request))
+        run.update(tokens[run_at:next_at])
+        update, digest, append = run.update, run.digest, digests.append  # 6,000 times for a prompt of 100,000 tokens
+        end = min(run_at + RUN * size, len(tokens))
+        for at in range(next_at, end, size):
+            update(tokens[at : at + size])
+            append(digest())
+        next_at = end
 
 
 def root(request: Request) -> bytes:

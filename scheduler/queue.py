@@ -4,6 +4,7 @@ import heapq
 from collections.abc import Iterable, Iterator
 
 from .fairness import Tenants
+from .pace import Claim
 from .request import Request
 
 
@@ -60,6 +61,13 @@ class WaitingQueue:
     def rows_kept(self, request: Request, num_rows: int) -> int:
         """Rows that stay free for other tenants when a waiting request is admitted."""
         return self._tenants[request.priority].rows_kept(request, num_rows)
+
+    def claims(self, prompts: Iterable[Request], num_rows: int) -> list[Claim]:
+        """What these, which run, ask of a step of so many rows."""
+        return [
+            request.claim._replace(crowds=self._tenants[request.priority].crowds(request, num_rows))
+            for request in prompts
+        ]
 
     def pop(self) -> Request:
         request = self.peek()

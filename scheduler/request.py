@@ -73,6 +73,7 @@ class Request:
     num_cached: int | None = None  # prompt tokens found in the prefix cache at the first admission
     finish: str | None = None
     proof: int = 0  # tokens since the last strike
+    num_candidates: int = 0  # that the workers are asked for
     group: "Group | None" = None  # of a beam search, whose requests are one to the client
 
     def __post_init__(self) -> None:
@@ -80,6 +81,7 @@ class Request:
             raise ValueError("max_tokens must be resolved before a request is scheduled")
         self.limit = self.num_prompt + self.sampling.max_tokens
         self.stops = frozenset(self.sampling.stop_token_ids)
+        self.num_candidates = self.sampling.num_candidates
         self.weight = min(
             max(LEAST_WEIGHT, self.weight or self.quota.weight), MOST_WEIGHT
         )  # in this order NaN is least

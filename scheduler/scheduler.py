@@ -28,7 +28,7 @@ from .pace import Pace
 from .queue import WaitingQueue
 from .request import Request
 from .rows import Rows
-from .step import Draft, Step, admission, best_of, tokens_of
+from .step import Draft, Step, admission, best_of, tokens_of, with_logprob
 from .stops import finish_reason
 from .suspects import Suspects, convicted, verdict
 
@@ -140,14 +140,13 @@ class Scheduler:
             request.inflight -= 1
             if request.finish is not None:  # ended while this was under way
                 continue
-            group = request.group
-            if token is None or (group is not None and not best.get(request)):
+            if token is None or (request.num_candidates and not best.get(request)):
                 news.append((known(request), self._fail(known(request), NO_TOKEN)))
                 continue
             request.account.level += request.account.output_cost
             if request.strikes:
                 self.suspects.acquit(request)
-            if group is not None:
+            if (group := request.group) is not None:
                 if self.groups.hear(request, token, best[request]):
                     found = group.search.best
                     news.append((known(request), self._end(known(request), found[0].finish, best=found)))
@@ -155,7 +154,8 @@ class Scheduler:
             request.tokens.append(token)
             if (reason := finish_reason(request)) is not None:
                 self._end(request, reason)
-            news.append((request, Output(request.id, request.num_output - 1, [token], reason, request.num_cached or 0)))
+            output = Output(request.id, request.num_output - 1, [token], reason, request.num_cached or 0)
+            news.append((request, with_logprob(output, best[request]) if request.num_candidates else output))
         return news
 
     def fault(self, step_number: int, row: int, why: str) -> tuple[Request, Output] | None:
@@ -225,7 +225,7 @@ class Scheduler:
         prompts = self._decode(draft)
         spare_s = self.pace.spare_s(draft.rows, draft.context)
         self._open(draft, prompts, spare_s)
-        claims = [request.claim for request in prompts]
+        claims = self.waiting.claims(prompts, self.config.max_num_seqs)
         draft.chunks(prompts, self.pace.share(claims, draft.budget, spare_s, self.kv.block_size))
         assert draft.requests or not draft.admitted, "a row was given that the worker would not hear of"
         return self._dispatch(draft) if draft.requests else None

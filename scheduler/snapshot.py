@@ -133,12 +133,8 @@ class _Saver:
         return list(values) if set(map(type, values)) <= _PLAIN else [self.value(value) for value in values]
 
     def _mapping(self, kind: str, name: str, mapping: dict[Any, Any]) -> Node:
-        kinds = set(map(type, mapping.values()))
-        if set(map(type, mapping)) <= _PLAIN:
-            if kinds <= _PLAIN:
-                return Node(kind, name, list(chain.from_iterable(mapping.items())))
-            if kinds == {tuple} and set(map(type, chain.from_iterable(mapping.values()))) <= _PLAIN:
-                return Node(f"{kind} of tuples", name, list(chain.from_iterable(mapping.items())))  # the bulk of a pool
+        if set(map(type, chain(mapping, mapping.values()))) <= _PLAIN:  # the bulk of a pool
+            return Node(kind, name, list(chain.from_iterable(mapping.items())))
         return Node(kind, name, [self.value(value) for item in mapping.items() for value in item])
 
     def _attributes(self, items: Any) -> list[Any]:
@@ -192,7 +188,7 @@ class _Loader:
         return value
 
     def _shell(self, node: Node) -> Any:
-        match node.kind.removesuffix(" of tuples"):
+        match node.kind:
             case "tuple" | "frozenset" as kind:
                 return _SERIES[kind](map(self._value, node.content))
             case "named tuple":
@@ -230,8 +226,6 @@ class _Loader:
             shell.extend(map(self._value, node.content))
         elif node.kind == "set":
             shell.update(map(self._value, node.content))
-        elif node.kind.endswith(" of tuples"):
-            shell.update(zip(node.content[::2], map(tuple, node.content[1::2]), strict=True))
         else:
             shell.update(self._pairs(node))
 

@@ -67,8 +67,8 @@ def num_saved(ready: Sequence[WorkerReady]) -> tuple[int, int]:
 def disk_index(config: EngineConfig, model: ModelInfo, workers: Sequence[Worker], num_blocks: int) -> DiskIndex:
     """The index of the workers' files, which they have opened. Raises ConfigError when it cannot be used."""
     ids = [worker.allocated.disk_id for worker in workers if worker.allocated is not None]
-    dtype = next(worker.ready.dtype for worker in workers if worker.ready is not None)
-    file = kv_files.folder(config, model, dtype) / "index"
+    dtype, layout = next((x.ready.dtype, x.ready.kv_layout) for x in workers if x.ready is not None)
+    file = kv_files.folder(config, model, dtype, layout) / "index"
     return DiskIndex(file, ids, num_blocks, config.cache.block_size)
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..common.messages import Admitted, StepPlan, StepResult, pack, unpack
+from msgspec.structs import replace
+
+from ..common.messages import Admitted, Output, StepPlan, StepResult, pack, unpack
 from .beams import Candidates, candidates_of
 from .fairness import charge_prompt
 from .pace import Load, chunk_pairs
@@ -120,10 +122,16 @@ def admission(request: Request) -> Admitted:
 
 
 def best_of(result: StepResult, sampled: list[Request]) -> dict[Request, Candidates]:
-    """The likeliest tokens for each request that asked for them; empty where the result makes no sense."""
-    asked = [request for request in sampled if request.group is not None]
-    counts = [request.sampling.num_candidates for request in asked]
+    """The likeliest tokens for each request that asked for them, or that which was drawn; empty where the result makes no
+    sense."""
+    asked = [request for request in sampled if request.num_candidates]
+    counts = [request.num_candidates for request in asked]
     return dict(zip(asked, candidates_of(result.best_ids, result.best_logprobs, counts), strict=True))
+
+
+def with_logprob(output: Output, drawn: Candidates) -> Output:
+    """The same output of one token, whose log-probability was asked for."""
+    return replace(output, logprobs=[logprob for _, logprob in drawn])
 
 
 def tokens_of(result: StepResult, num_rows: int) -> Iterable[int | None]:

@@ -1,6 +1,8 @@
 """Fixtures that several folders share. Models are built once per run, servers once per module that needs one."""
 
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,10 @@ import pytest
 
 from .checkpoints import build_checkpoint, load_oracle
 
+# Read when torch loads. The threads of two processes that compute on the same cores wait for each other most of the time,
+# and tiny models gain nothing by them. What quire starts has as many as its options say.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -16,6 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="The same tests with the counts that a release is held to: hours, not minutes.",
     )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two, since tests wait half of the time. One file, or a part of one, begins sooner without; --long wants the host alone."""
+    return 2 if all(Path(argument).is_dir() for argument in config.args) and not config.getoption("--long") else 0
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,6 +52,13 @@ class Sizes:
 
 
 LONG = Sizes(kills=200, clients=500, connections=10_000, frames=100_000, requests=20_000)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In the place of pytest's, which is deeper than the path of a socket may be."""
+    with tempfile.TemporaryDirectory(prefix="tests-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

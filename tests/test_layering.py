@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "worker": {"worker", "common", "kernels"},
     "launch": {"launch", "common", "frontend", "scheduler", "worker"},
 }
-THIRD_PARTY_OF_KERNELS = {"torch", "triton", "numpy", "numba"}
+THIRD_PARTY_OF_KERNELS = {"torch", "triton", "numpy", "numba", "llvmlite"}
 TORCH_FREE = ("common", "frontend", "scheduler", "launch")
 NEVER = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
 
@@ -109,14 +109,14 @@ def test_the_packages_that_are_declared_are_the_packages_that_are_there() -> Non
     declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     there = {"quire"} | {
         ".".join(("quire", *p.parent.relative_to(ROOT).parts))
-        for package in MAY_IMPORT
+        for package in (*MAY_IMPORT, "benchmarks")
         for p in (ROOT / package).rglob("__init__.py")
     }
     assert declared == there
 
 
 def test_at_most_twenty_direct_dependencies() -> None:
-    assert len(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]) < 20
+    assert len(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]) <= 20
 
 
 def test_no_module_of_launch_hides_one_of_the_standard_library() -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import ConfigError
-from ..kernels import activation, kv_write, paged_attention, rms_norm, rope, sampling
+from ..kernels import activation, linear, paged_attention, rms_norm, rotary, sampling
+from ..kernels.rotary import HeadNorms
 from .models.spec import Decoder
 
 
@@ -56,19 +57,21 @@ class Backend:
 
     name: str
     supports: Capabilities
+    kv_layout: str  # KV that is kept on disk is of use only to who lays it out the same way
     row_multiple: int  # tokens, and rows that sample, are padded to a multiple of this
+    linear: Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
     plan_attention: Callable[..., Any]
     paged_attention: Callable[[Tensor, Tensor, int, Any, float], Tensor]
-    kv_write: Callable[[Tensor, Tensor, Tensor, int, Tensor], None]
-    rope: Callable[[Tensor, Tensor, Tensor], Tensor]
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rotate_and_write: Callable[[Tensor, int, tuple[Tensor, Tensor], HeadNorms | None, Tensor, int, Tensor], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
     sample: Callable[[Tensor, sampling.Draws, Tensor], tuple[Tensor, Tensor]]
+    prepare: Callable[[torch.dtype, Callable[[], None]], None]  # what takes long once; calls back between its pieces
 
 
 TORCH = Backend(
     name="torch",
+    kv_layout="rows",
     supports=Capabilities(
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset({torch.float32, torch.float16, torch.bfloat16}),
@@ -79,22 +82,34 @@ TORCH = Backend(
     # A CPU's float32 matrix product gives a row the same bits at every multiple of 4 rows and others below 4 or between
     # (measured: MKL, 1 to 4 threads): so what a request gets does not depend on who else is served.
     row_multiple=4,
+    linear=linear.linear,
     plan_attention=paged_attention.plan_attention,
     paged_attention=paged_attention.paged_attention,
-    kv_write=kv_write.kv_write,
-    rope=rope.rope,
-    rms_norm=rms_norm.rms_norm,
+    rotate_and_write=rotary.rotate_and_write,
     add_rms_norm=rms_norm.add_rms_norm,
     silu_mul=activation.silu_mul,
     sample=sampling.sample,
+    prepare=lambda _dtype, _between: None,
 )
-BACKENDS = (TORCH,)  # the first that can serve a model does
+
+
+def available(device: torch.device) -> tuple[Backend, ...]:
+    """In the order in which they are asked: the first that can serve a model does."""
+    if device.type != "cpu":
+        return (TORCH,)
+    from .cpu import backends  # noqa: PLC0415 (its compiler takes a fifth of a second to load, of use on no other device)
+
+    return (*backends(), TORCH)
 
 
 def choose(
-    model: Decoder, device: torch.device, dtype: torch.dtype, block_size: int, backends: Sequence[Backend] = BACKENDS
+    model: Decoder,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int,
+    backends: Sequence[Backend] | None = None,
 ) -> Backend:
-    """Raises ConfigError, which tells what each backend lacks, when none includes what is required."""
+    """Of `backends`, or of those that are available. Raises ConfigError, which tells what each backend lacks, when none includes what is required."""
     required = Requirements(
         device=device.type,
         dtype=dtype,
@@ -102,6 +117,7 @@ def choose(
         block_size=block_size,
         windows=any(model.windows),
     )
+    backends = available(device) if backends is None else backends
     unmet = {backend.name: required.unmet(backend.supports) for backend in backends}
     for backend in backends:
         if not unmet[backend.name]:

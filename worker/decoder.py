@@ -47,7 +47,7 @@ class Decoder:
         self.embed = Embedding(loader, model.vocab_size, model.hidden_size)
         self.blocks = [Block(layer, loader, backend, i, model.hidden_size) for i, layer in enumerate(model.layers)]
         self.norm = RmsNorm(model.norm, loader, backend, "norm", 0, model.hidden_size)
-        self.head = Head(loader, model.vocab_size, model.hidden_size, self.embed if model.tied_head else None)
+        self.head = Head(loader, backend, model.vocab_size, model.hidden_size, self.embed if model.tied_head else None)
         ropes = dict.fromkeys(layer.attn.rope for layer in model.layers)
         self.angles: dict[spec.Rope, Callable[[Tensor], Angles]] = {
             rope: RopeTable(rope, max_positions, loader.device) for rope in ropes

@@ -57,6 +57,7 @@ def load_decoder(
     if config.load_format != "dummy":
         source = checkpoint = Checkpoint(path, on_bytes, holds=dtype if config.check_weights else None)
     loader = Loader(source, spec.names, group, dtype, device, between)
+    backend.prepare(dtype, between)
     try:
         decoder = Decoder(spec, loader, backend, max_model_len)
     except (MemoryError, RuntimeError) as error:

@@ -4,7 +4,6 @@ One thread, one socket. Between messages it waits there, unless a launched step 
 wait for each other. A rank that has lost the others drops what they held together and waits to be welcomed again.
 """
 
-import gc
 import logging
 import math
 import os
@@ -63,7 +62,6 @@ def main(*, scheduler: str, rank: int, device: str | None, keys: PeerKeys | None
 
     `device` is auto, cpu or cuda, None for what the scheduler was told. `keys` go with a scheduler that asks for them.
     """
-    gc.freeze()  # torch's import made half a million objects that stay: neither a step nor the end looks through them
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link: Link[ToWorker] = Link(context, wires(scheduler)[1], ToWorker, keys)
     worker = Worker(link, rank, device)
@@ -297,7 +295,8 @@ class Worker:
     def _file(self, welcome: Welcome, decoder: Decoder, message: Allocate) -> KvFile | None:
         """Where KV is kept on disk, if it is. Stays open."""
         if message.disk_blocks and self.file is None:
-            folder = kv_files.folder(welcome.config, welcome.model, str(decoder.dtype).removeprefix("torch."))
+            dtype, layout = str(decoder.dtype).removeprefix("torch."), decoder.backend.kv_layout
+            folder = kv_files.folder(welcome.config, welcome.model, dtype, layout)
             block = kv_cache.block_shape(decoder.kv_shape, message.block_size)
             self.file = KvFile(folder, self.rank, message.disk_blocks, block, decoder.dtype)
         return self.file
@@ -358,6 +357,7 @@ def _measured(welcome: Welcome, rank: int, decoder: Decoder, between: Callable[[
         host_bytes=host_bytes(config.cache, decoder.device, num_ranks=config.parallel.tensor_parallel_size),
         window=max(window or 0 for window in windows) if all(windows := decoder.spec.windows) else 0,
         disk_bytes=int(config.cache.kv_disk_space * 2**30) if config.cache.kv_disk else 0,
+        kv_layout=decoder.backend.kv_layout,
     )
 
 

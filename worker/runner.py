@@ -143,9 +143,9 @@ class Runner:
         logits = self.decoder.head(hidden[batch.last_s])[: len(rows)]
         likeliest = None
         if self.group.rank == 0:
-            likeliest = best(logits, self.rows.sampling.num_candidates[rows])
             draws = self.rows.sampling.select(rows, self.rows.lengths[rows])
             ids, faulty = self.decoder.backend.sample(logits, draws, self.rows.tokens)
+            likeliest = best(logits, ids, self.rows.sampling.num_candidates[rows])
         else:
             ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
             faulty = torch.zeros(len(rows), dtype=torch.bool)

@@ -60,6 +60,11 @@ class UsageCount:
     def wanted(self) -> bool:
         return self._options.include_usage
 
+    @property
+    def in_each_chunk(self) -> bool:
+        """Whether chunks differ by it."""
+        return self.wanted and self._options.continuous_usage_stats
+
     def add(self, index: int, delta: RequestOutput) -> None:
         self._num_generated += sum(len(choice.token_ids) for choice in delta.outputs)
         self._num_cached[index] = delta.num_cached_tokens

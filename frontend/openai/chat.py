@@ -10,7 +10,7 @@ from starlette.responses import Response
 from ...common.errors import RequestError
 from ..outputs import CompletionOutput
 from ..service import Service
-from ..sse import event, started, while_connected
+from ..sse import EventTemplate, event, started, while_connected
 from .answers import Deltas, Job, UsageCount, check_stream_options, json_answer, request_id, whole
 from .cache_control import pin_of
 from .protocol import ChatRequest, StreamOptions, described
@@ -65,17 +65,23 @@ def _limit_named_as_sent(body: ChatRequest) -> Iterator[None]:
 
 async def _events(job: Job, deltas: Deltas, options: StreamOptions | None) -> AsyncGenerator[bytes, None]:
     count = UsageCount(job.prompts, options)
-    greeted = False
+    templates: list[EventTemplate] = []  # of each choice, once it was greeted
     async with aclosing(deltas):
         async for index, delta in deltas:
             count.add(index, delta)
-            if not greeted:
-                greeted = True
+            events = []
+            if not templates:
                 for number in range(job.params.n):
-                    yield _chunk(job, ChatChunkChoice(number, ChatDelta(role="assistant", content="")), count)
+                    events.append(_chunk(job, ChatChunkChoice(number, ChatDelta(role="assistant", content="")), count))
+                    example = _chunk(job, ChatChunkChoice(number, ChatDelta(content="")), count)
+                    templates.append(EventTemplate(example, "content"))
             for output in delta.outputs:
-                if output.text or output.finish_reason:
-                    yield _chunk(job, _choice(output), count)
+                if output.finish_reason or (output.text and count.in_each_chunk):
+                    events.append(_chunk(job, _choice(output), count))
+                elif output.text:
+                    events.append(templates[output.index].event(output.text))
+            if events:
+                yield b"".join(events)
     if count.wanted:
         yield event(ChatChunk(job.id, job.created, job.model, [], usage=count.total()))
 

@@ -12,7 +12,7 @@ from ...common.errors import RequestError
 from ...common.sampling import SamplingParams
 from ..outputs import CompletionOutput, RequestOutput
 from ..service import Service
-from ..sse import event, started, while_connected
+from ..sse import EventTemplate, event, started, while_connected
 from ..tokenizer import Tokenizer
 from .answers import Deltas, Job, UsageCount, check_stream_options, json_answer, request_id, whole
 from .cache_control import NO_PIN, Pin
@@ -101,18 +101,30 @@ async def _events(
     job: Job, deltas: Deltas, echoed: Sequence[str], options: StreamOptions | None
 ) -> AsyncGenerator[bytes, None]:
     count = UsageCount(job.prompts, options)
-    unspoken = set(range(len(job.prompts) * job.params.n))  # choices without a chunk so far; the first one echoes
+    spoken: dict[int, EventTemplate] = {}  # choices that had a chunk, the first of which echoes; what the next are like
     async with aclosing(deltas):
         async for index, delta in deltas:
             count.add(index, delta)
+            events = []
             for output in delta.outputs:
                 number = index * job.params.n + output.index
-                choice = _choice(job, index, output, echoed if number in unspoken else None)
+                template = spoken.get(number)
+                if template and output.finish_reason is None and not count.in_each_chunk:
+                    if output.text:
+                        events.append(template.event(output.text))
+                    continue
+                choice = _choice(job, index, output, None if template else echoed)
                 if choice.text or choice.finish_reason:
-                    unspoken.discard(number)
-                    yield event(Completion(job.id, job.created, job.model, [choice], usage=count.in_chunk()))
+                    events.append(_chunk(job, choice, count))
+                    spoken[number] = EventTemplate(_chunk(job, CompletionChoice(number, "", None), count), "text")
+            if events:
+                yield b"".join(events)
     if count.wanted:
         yield event(Completion(job.id, job.created, job.model, [], usage=count.total()))
+
+
+def _chunk(job: Job, choice: CompletionChoice, count: UsageCount) -> bytes:
+    return event(Completion(job.id, job.created, job.model, [choice], usage=count.in_chunk()))
 
 
 def _choice(job: Job, index: int, output: CompletionOutput, echoed: Sequence[str] | None) -> CompletionChoice:

@@ -104,7 +104,7 @@ class GenerationRequest(Body):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     use_beam_search: bool | None = None
-    best_of: int | None = None  # with use_beam_search: its width, n being the number of answers
+    best_of: int | None = None  # with use_beam_search: its width
     beam_width: int | None = None
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None

@@ -81,9 +81,7 @@ def sampling_of(
     """The request's parameters over the model's recommended `defaults`; `max_tokens` where neither is set."""
     asked = {name: value for name in SamplingParams.__struct_fields__ if (value := getattr(body, name)) is not None}
     if body.use_beam_search:
-        asked["beam_width"] = body.beam_width or body.best_of or body.n or 1
-    elif body.best_of not in (None, 1):
-        raise RequestError("best_of is not supported by this server without use_beam_search", param="best_of")
+        asked["beam_width"] = body.beam_width or asked.pop("best_of", 0) or body.n or 1
     if asked.get("beam_width"):  # what a model recommends is for drawing tokens
         defaults = {}
     return check({"max_tokens": max_tokens, **defaults, **asked})

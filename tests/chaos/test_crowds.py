@@ -23,7 +23,7 @@ FREED_S = 1.0
 def endless(i: int) -> Body:
     """Half of them are in the middle of a long prompt for a while, the others write on and on."""
     prompt = [5 + (i * 7 + j) % 900 for j in range(700)] if i % 2 else f"# {i}\n"
-    return {"model": "demo", "prompt": prompt, "max_tokens": 500, "ignore_eos": True, **STREAM}
+    return {"model": "demo", "prompt": prompt, "max_tokens": 1300, "ignore_eos": True, **STREAM}
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streams", "whole answers"])

@@ -62,7 +62,7 @@ def last_death(engine: Engine, role: str, crowd: Crowd) -> float:
 
 
 def test_requests_without_a_stream_get_500_when_the_engine_is_dead() -> None:
-    bodies = [whole(body) for body in BODIES]
+    bodies = [whole(body) for body in workload(32, 1500)]  # so long that all of them are seen to run
     with Engine("--max-restarts", 0) as engine:
         engine.wait_ready()
         with engine.crowd(bodies) as crowd:

@@ -58,7 +58,8 @@ from quire.common.sampling import SamplingParams
 from ..common.attack import FakeScheduler
 from ..common.mutation import Mutator
 from ..conftest import Sizes
-from ..e2e.server import free_port, script, wait_until
+from ..e2e.server import script, wait_until
+from ..ports import free_port
 
 MODEL = model_path("demo")
 INFO = read_model_info("demo", MODEL, max_model_len=256)

@@ -10,8 +10,9 @@ import httpx
 import pytest
 
 from ..e2e.hosts import HOSTS, Hosts, network
-from ..e2e.server import free_pair, free_port, script, wait_until
+from ..e2e.server import script, wait_until
 from ..e2e.test_hosts import keys
+from ..ports import free_port, free_ports
 from .clients import Crowd, workload
 from .conftest import Engines
 from .engine import BACK_S, Engine, seconds_until
@@ -131,7 +132,7 @@ def test_a_cable_is_cut_and_plugged_in_again(engines: Engines, tmp_path: Path, t
 )
 def test_a_link_that_misbehaves(engine: Engine, tmp_path: Path, treatment: Treatment, protected: bool) -> None:
     """Doubled bytes can look like another message; between hosts keys see to it that they do not."""
-    hub, proxy, http = free_pair(), free_pair(), free_port()
+    hub, proxy, http = free_ports(2), free_ports(2), free_port()
     ours, theirs = keys(tmp_path / "keys") if protected else ((), ())
     near, far = f"tcp://127.0.0.1:{hub}", f"tcp://127.0.0.1:{proxy}"
     commands = {

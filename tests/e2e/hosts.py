@@ -1,9 +1,11 @@
 """Hosts made of network namespaces: each has one address of its own, all hang on one switch, and so does this host."""
 
 import contextlib
+import fcntl
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ HOSTS = {"front": "10.99.7.1", "sched": "10.99.7.2", "work0": "10.99.7.3", "work
 HERE = "10.99.7.254"
 _PREFIX = "quire-"
 _OUR_END = "quire-here"
+_LOCK = Path("/tmp/tests-network.lock")
 
 
 class Hosts:
@@ -31,7 +34,15 @@ class Hosts:
 
 @contextlib.contextmanager
 def network() -> Iterator[Hosts]:
-    """The hosts while the block runs. Skips the test where they cannot be made."""
+    """The hosts while the block runs, one test at a time. Skips the test where they cannot be made."""
+    with _LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with _made() as hosts:
+            yield hosts
+
+
+@contextlib.contextmanager
+def _made() -> Iterator[Hosts]:
     allowed = (
         shutil.which("ip")
         and not subprocess.run(["ip", "netns", "add", f"{_PREFIX}probe"], capture_output=True, check=False).returncode

@@ -3,7 +3,6 @@
 import contextlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,25 +14,10 @@ from typing import IO
 import httpx
 import psutil
 
+from ..ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 90  # far above what a start takes; only a hang reaches it
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def free_pair() -> int:
-    """A port that is free, and so is the one after it: a scheduler on tcp listens on both."""
-    while True:
-        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError, OverflowError):
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            second.bind(("127.0.0.1", port + 1))
-            return port
 
 
 def script(name: str, *args: object) -> list[str]:

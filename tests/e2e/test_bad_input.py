@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from ..checkpoints import model_for, write_tokenizer
-from .server import Server, free_port, run_to_end
+from ..ports import free_port
+from .server import Server, run_to_end
 
 Checkpoint = Callable[[str], Path]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ..ports import free_port, free_ports
 from .hosts import HOSTS, Hosts, network
-from .server import START_S, Server, free_pair, free_port, script
+from .server import START_S, Server, script
 
 PROMPT = "import os\nimport sys\n\n\ndef main("
 
@@ -54,7 +55,7 @@ def keys(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_components_by_hand_on_one_host(demo: Server, tp: int) -> None:
-    hub, http_port = f"tcp://127.0.0.1:{free_pair()}", free_port()
+    hub, http_port = f"tcp://127.0.0.1:{free_ports(2)}", free_port()
     meeting = ("--master-addr", "127.0.0.1", "--master-port", free_port())
     with running(
         script("worker", "--scheduler", hub, "--rank", 0),

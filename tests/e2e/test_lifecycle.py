@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from .server import Server, wait_until
+from .server import START_S, Server, wait_until
 
 LONG = {"model": "demo", "prompt": "x", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
 
@@ -65,19 +65,21 @@ def test_sigterm_lets_running_requests_finish(server: Server, everybody: bool) -
     """systemd signals every process of a service at once; it makes no difference."""
     whole = server.wait_ready().http.post("/v1/completions", json=LONG).json()["choices"][0]["text"]
     answers: list[str] = []
+    accepted = threading.Semaphore(0)
 
     def ask() -> None:
         with (
             httpx.Client(base_url=server.url, timeout=60) as http,
             http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream,
         ):
+            accepted.release()
             lines = [line[6:] for line in stream.iter_lines() if line.startswith("data: {")]
         answers.append("".join(json.loads(line)["choices"][0]["text"] for line in lines))
 
     clients = [threading.Thread(target=ask) for _ in range(8)]
     for client in clients:
         client.start()
-    wait_until(lambda: server.metric("vllm:num_requests_running") == 8)
+    assert all(accepted.acquire(timeout=START_S) for _ in clients)
     for process in server.tree()[1:] if everybody else []:
         process.send_signal(signal.SIGTERM)
     assert server.stop() == 0

@@ -10,8 +10,9 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from quire.frontend.app import App
+from quire.frontend.openai.responses import Completion, CompletionChoice
 from quire.frontend.service import Service
-from quire.frontend.sse import ClientGone, EventStream, while_connected
+from quire.frontend.sse import ClientGone, EventStream, EventTemplate, event, while_connected
 
 
 class Broken(Service):
@@ -93,6 +94,17 @@ def test_an_exception_in_a_stream_is_its_last_event(caplog: pytest.LogCaptureFix
         text = asyncio.run(main()).decode()
     assert text.startswith("data: 1\n\ndata: 2\n\ndata: {") and '"internal_error"' in text
     assert "secret" not in text and "[DONE]" not in text and "a secret" in caplog.text and closed == [True]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "plain", '"quoted": "text":""', "a\\b\n\t\0\x7f", "žluťoučký \u2028 \U0001f600", "</script>"]
+)
+def test_a_template_says_what_the_encoder_says(text: str) -> None:
+    def told(new: str) -> bytes:
+        choice = CompletionChoice(3, new, None)
+        return event(Completion('"text":"" {', 7, '\\"text":""', [choice], usage=None))
+
+    assert EventTemplate(told(""), "text").event(text) == told(text)
 
 
 def test_work_is_cancelled_when_the_client_goes_away() -> None:

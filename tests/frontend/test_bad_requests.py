@@ -38,15 +38,16 @@ SAMPLING: list[tuple[str, list[Any]]] = [
     ("stream", ["yes", 1]),
     ("priority", [2**63, "high", 1.5]),
     ("cache_salt", ["x" * 1025, 5]),
+    ("best_of", [-1, 129, 10**400, "5", True]),
     ("timeout", [0, -1, 86401, 1e300, 10**400, "5", True, [5]]),
     ("max_queue_time", [0, -0.5, 86401, "5", {}]),
     ("user", ["x" * 257, 5]),
     ("stream_options", ["yes", {"include_usage": 1}, {"include_usage": True}]),  # the last one without stream
 ]  # fmt: skip
 UNSUPPORTED: list[tuple[str, Any]] = [
-    ("logprobs", True), ("top_logprobs", 5), ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("best_of", 4),
+    ("logprobs", True), ("top_logprobs", 5), ("tools", [{"type": "function"}]), ("tool_choice", "required"),
     ("response_format", {"type": "json_object"}), ("suffix", "x"), ("functions", [{}]), ("guided_json", {}), ("prompt_logprobs", 1),
-    ("logprobs", -1), ("logprobs", 10**6), ("top_logprobs", -1), ("best_of", 10**4), ("prompt_logprobs", -1), ("tools", [{"type": "function"}] * 1000),
+    ("logprobs", -1), ("logprobs", 10**6), ("top_logprobs", -1), ("prompt_logprobs", -1), ("tools", [{"type": "function"}] * 1000),
     ("guided_regex", "(a+)+b"), ("guided_grammar", "(" * 30_000), ("guided_json", {"$ref": "#"}), ("structured_outputs", {"regex": "[.*"}), ("prompt_embeds", "AAAA"),
     ("reasoning_effort", "high"), ("modalities", ["audio"]), ("chat_template", "x"), ("bad_words", ["x"]),
 ]  # fmt: skip

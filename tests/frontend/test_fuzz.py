@@ -22,6 +22,8 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 
+from quire.common.messages import Hypothesis, Output, Submit
+
 from .fake_scheduler import CONTEXT, frontend_process, until, wait_ready
 from .raw import connect, until_closed
 
@@ -72,11 +74,19 @@ class Target:
         everywhere(given(*strategies)(one))()
 
 
+def searched(submit: Submit) -> Output | None:
+    """What a beam search ends with, should a body ask for one."""
+    if not submit.sampling.beam_width:
+        return None
+    best = [Hypothesis([i], "length", -1.0, -1.0) for i in range(submit.sampling.n)]
+    return Output(submit.id, 0, [], "length", hypotheses=best)
+
+
 @pytest.fixture(scope="module")
 def target(request: pytest.FixtureRequest, make_scheduler) -> Iterator[Target]:
     examples = LONG if request.config.getoption("--long", default=False) else SHORT
     with make_scheduler() as scheduler, frontend_process(scheduler.address) as (process, url):
-        scheduler.tokens_per_step = CONTEXT
+        scheduler.tokens_per_step, scheduler.answer = CONTEXT, searched
         wait_ready(url)
         yield Target(url, psutil.Process(process.pid), examples)
         until(lambda: scheduler.num_running == 0)

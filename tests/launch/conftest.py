@@ -7,7 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .processes import Server, free_ports
+from ..ports import free_ports
+from .processes import Server
 
 
 @pytest.fixture

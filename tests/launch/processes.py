@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import random
-import socket
 import sys
 import time
 from pathlib import Path
@@ -47,6 +45,14 @@ class Server:
     def part(self, name: str) -> psutil.Process:
         return next(p for p in self.below if f"quire.launch.{name}" in p.cmdline())
 
+    def complete_again(self, without: psutil.Process) -> None:
+        """Wait until there are as many parts as before, and `without` is none of them."""
+        count, deadline = len(self.below), time.monotonic() + 20.0
+        while without in self.below or len(self.below) != count:
+            assert time.monotonic() < deadline, self.err.read_text()
+            time.sleep(0.02)
+            self.below = self.process.children()
+
     def said(self, text: str, within_s: float = 20.0) -> None:
         """Wait until stderr has it."""
         deadline = time.monotonic() + within_s
@@ -59,16 +65,6 @@ class Server:
 
     def assert_nothing_is_left(self) -> None:
         assert not psutil.wait_procs(self.below, timeout=5)[1]
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` free ports in a row, below those that the kernel gives to outgoing connections."""
-    while True:
-        first = random.randrange(10_000, 30_000)
-        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
-            for number in range(first, first + count):
-                held.enter_context(socket.create_server(("127.0.0.1", number)))
-            return first
 
 
 def complete(port: int, tokens: int) -> httpx.Response:

@@ -14,7 +14,8 @@ from quire.common.errors import EXIT_CONFIG, ConfigError
 from quire.launch.cli import main as quire
 from quire.launch.component import is_local, peer_keys, scheduler_keys
 
-from .processes import LAUNCH, SMALL, Server, complete, free_ports
+from ..ports import free_ports
+from .processes import LAUNCH, SMALL, Server, complete
 
 ELSEWHERE = "tcp://192.0.2.1:7700"
 

@@ -11,7 +11,8 @@ import pytest
 
 from quire.common.errors import EXIT_CONFIG, EXIT_FATAL
 
-from .processes import SMALL, Server, complete, free_ports
+from ..ports import free_ports
+from .processes import SMALL, Server, complete
 
 
 def test_it_answers_soon_serves_and_lets_running_requests_finish(
@@ -46,15 +47,14 @@ def test_a_part_that_is_killed_is_started_again_and_the_port_stays(
     start: Callable[..., Server], port: int, checkpoint: Callable[[str], Path], part: str
 ) -> None:
     server = start("serve.py", str(checkpoint("llama")), "--port", str(port), *SMALL, "--frontends=2").ready(port)
+    assert len(server.below) == 4
     before = complete(port, 16).json()["choices"][0]["text"]
     victim = server.part(part)
     victim.kill()
     server.said("was killed by signal 9 (SIGKILL), likely for lack of memory")
     for _ in range(4):  # of two frontends: the other one, or the connection waits in the port's queue
         assert complete(port, 16).json()["choices"][0]["text"] == before
-    server.below = server.process.children()
-    assert len(server.below) == 4
-    assert victim not in server.below
+    server.complete_again(without=victim)
     server.process.terminate()
     assert server.end() == 0
     server.assert_nothing_is_left()

@@ -37,8 +37,9 @@ from quire.launch.run_directory import living
 from quire.scheduler.journal_file import Reader
 from quire.scheduler.taps import Taps, blank
 
+from ..ports import free_port
 from ..scheduler.peers import FakeFrontend, FakeWorker, config, running
-from .processes import SMALL, Server, complete, free_ports
+from .processes import SMALL, Server, complete
 
 IDS = [5, 6, 7, 71, 72]
 SUBMIT = Submit(3, pack(IDS), SamplingParams(max_tokens=4, seed=0, logit_bias={71: 1.0}), output=pack([8]), salt="mine")
@@ -293,7 +294,7 @@ def test_mistakes_are_told_in_a_line(
 def test_the_built_in_model_is_tapped_and_its_journal_replays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port = free_ports(1)
+    port = free_port()
     server = Server(tmp_path, "serve", "serve.py", f"--port={port}", *SMALL).ready(port)
     try:
         monkeypatch.setenv("TMPDIR", str(tmp_path))

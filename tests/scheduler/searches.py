@@ -23,8 +23,10 @@ def likeliest(prefix: int, first: int, count: int) -> list[tuple[int, float]]:
 
 
 def searching(request: Request, rng: random.Random, rejection: Callable[[Request], str | None]) -> Request:
-    """The same request with beams, if that is not rejected."""
-    width = rng.randint(1, 5)
+    """The same request with beams, if that is not rejected, or one of several that are compared."""
+    width = rng.randint(0, 5)
+    if not width:
+        return replace(request, sampling=msgspec.structs.replace(request.sampling, best_of=1))
     sampling = msgspec.structs.replace(
         request.sampling,
         beam_width=width,

@@ -305,7 +305,9 @@ class Run:
                 result = self.device.run(self.sent.popleft())
                 if faults and rng.random() < 0.04:
                     result = self._break(result)
-                for _, output in scheduler.update(result):
+                for request, output in scheduler.update(result):
+                    if request.sampling.best_of and output.tokens:
+                        assert output.logprobs == [_following(request.tokens.tolist()[:-1], 1)[0][1]]
                     self._collect(output.id, output.first_index, told(output), output.finish)
             scheduler.check()
             self.totals.steps += 1

@@ -203,6 +203,7 @@ def test_rows_are_kept_for_others_that_were_here_lately(monkeypatch: pytest.Monk
     stepping = steps(scheduler)
     next(stepping)
     assert len(scheduler.running) == 32, "nobody else is here"
+    assert not any(claim.crowds for claim in scheduler.waiting.claims(scheduler.running, 32))
     quiet = request(100, "quiet", 10, 4)
     scheduler.add(quiet)
     while not quiet.finish:
@@ -210,9 +211,15 @@ def test_rows_are_kept_for_others_that_were_here_lately(monkeypatch: pytest.Monk
     for _ in range(3):
         next(stepping)
     assert len(scheduler.running) == 30
+    assert all(claim.crowds for claim in scheduler.waiting.claims(scheduler.running, 32))
     for id in range(101, 105):
         scheduler.add(request(id, "quiet", 10, 4))
     assert [one.id for _ in range(3) for one in next(stepping).admitted] == [101, 102]
+    crowds = {
+        one.tenant: claim.crowds
+        for one, claim in zip(scheduler.running, scheduler.waiting.claims(scheduler.running, 32), strict=True)
+    }
+    assert crowds == {"flood": True, "quiet": False}
 
 
 @settings(deadline=None)

@@ -98,7 +98,7 @@ def test_under_a_load_that_never_ends_memory_is_bounded_and_the_rest_is_replayed
     size = 200_000
     made = endless(size, 3200)
     assert made.journal.num_dropped > 3 and not made.journal.num_stateless
-    assert made.journal.num_bytes <= size
+    assert size // 3 < made.journal.num_bytes <= size, "a segment that has just begun is not all there is"
     for redacted in (False, True):
         replay = replayed(made.journal, tmp_path / "journal", redacted=redacted)
         assert replay.difference is None and not replay.skipped and replay.plan > 50, replay.difference

@@ -139,9 +139,10 @@ class KeepsCache(Scheduler):
     """What the lost workers held can still be found."""
 
     def regroup(self, epoch: int) -> list[tuple[Request, Output]]:
-        content = dict(self.kv.pool._content)
+        pool = self.kv.pool
+        content = [(block, digest, pool._tokens[block]) for digest, block in pool._by_digest.items()]
         news = super().regroup(epoch)
-        for block, (digest, tokens) in content.items():
+        for block, digest, tokens in content:
             self.kv.pool.publish(block, digest, tokens)
         return news
 

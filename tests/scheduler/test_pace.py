@@ -132,7 +132,14 @@ def test_there_is_no_limit_without_a_target_or_streams_or_knowledge() -> None:
 
 
 claims = st.lists(
-    st.builds(Claim, st.integers(0, 30_000), st.integers(1, 30_000), st.integers(0, 2), st.integers(0, 2)),
+    st.builds(
+        Claim,
+        st.integers(0, 30_000),
+        st.integers(1, 30_000),
+        st.integers(0, 2),
+        st.integers(0, 2),
+        crowds=st.booleans(),
+    ),
     min_size=1,
     max_size=6,
 ).map(lambda some: [claim._replace(turn=turn) for turn, claim in enumerate(some)])
@@ -155,6 +162,20 @@ def test_shares_of_a_step(prompts: list[Claim], budget: int, spare_s: float | No
     assert counts[first] >= min(prompts[first].left, least, budget, (budget + 1) // 2), "the first of all gets nothing"
     if spare == inf:
         assert counts[first] >= min(prompts[first].left, (budget + 1) // 2)
+
+
+@settings(deadline=None)
+@given(claims, st.floats(0.001, 0.02))
+def test_who_crowds_adds_to_no_more_than_half_of_a_step(prompts: list[Claim], spare_s: float) -> None:
+    pace = taught(GPU, 0)
+    prompts = [claim._replace(level=9 if claim.crowds else claim.level, priority=0) for claim in prompts]
+    counts = pace.share(prompts, 1 << 20, spare_s, 0)
+    took = [pace.cost_s(claim._replace(left=count)) for claim, count in zip(prompts, counts, strict=True)]
+    crowding = sum(seconds for claim, seconds in zip(prompts, took, strict=True) if claim.crowds)
+    assert not crowding or sum(took) <= spare_s / 2 * 1.000001
+    others = [claim for claim in prompts if not claim.crowds]
+    alone = pace.share(others, 1 << 20, spare_s, 0)
+    assert alone == [count for claim, count in zip(prompts, counts, strict=True) if not claim.crowds]
 
 
 @settings(deadline=None)

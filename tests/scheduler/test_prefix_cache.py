@@ -1,6 +1,7 @@
 """A hit is exactly a common prefix of full blocks under one salt, and never the whole sequence."""
 
 from array import array
+from hashlib import sha256
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,8 +52,7 @@ def test_a_name_alone_is_no_hit(tokens: list[int], collided: int) -> None:
     pool = BlockPool(32)
     written = publish(pool, tokens, 1)
     for block in written.blocks[collided : collided + 1]:
-        digest, own = pool._content[block]
-        pool._content[block] = digest, bytes(len(own))[:-1] + b"\x7f"
+        pool._tokens[block] = bytes(len(pool._tokens[block]))[:-1] + b"\x7f"
     assert prefix_cache.match(pool, request([*tokens, 0]), 1) == written.blocks[:collided]
 
 
@@ -75,6 +75,25 @@ def test_publishing_in_pieces_is_publishing_at_once(tokens: list[int], block_siz
         assert pool.num_published == len({tuple(tokens[: i + 1]) for i in range(computed)}) // block_size
         assert grown.publish_at == (computed // block_size + 1) * block_size
     assert pool.num_published == whole.num_published
+
+
+@given(
+    st.integers(0, 3 * prefix_cache.RUN), st.integers(1, 3), st.lists(st.integers(0, 3 * prefix_cache.RUN), max_size=4)
+)
+def test_a_name_is_a_function_of_salt_and_prefix_however_it_was_come_to(
+    num_blocks: int, block_size: int, stops: list[int]
+) -> None:
+    """Disks and journals keep names, so it is this function and no other."""
+    asked = request(list(range(num_blocks * block_size)), "salt")
+    for count in sorted(min(stop, num_blocks) for stop in stops):
+        prefix_cache.extend(asked, count, block_size)
+    prefix_cache.extend(asked, num_blocks, block_size)
+    before, expected = sha256(b"salt salt").digest(), []
+    for index in range(num_blocks):
+        begin = index - index % prefix_cache.RUN
+        of_run = asked.tokens[begin * block_size : (index + 1) * block_size].tobytes()
+        expected.append(sha256((expected[begin - 1] if begin else before) + of_run).digest())
+    assert asked.digests == expected and len(set(expected)) == num_blocks
 
 
 def test_equal_prefixes_computed_twice_are_published_once() -> None:

@@ -41,6 +41,7 @@ from quire.common.messages import (
 )
 from quire.common.sampling import SamplingParams
 
+from ..ports import free_ports
 from .peers import INFO, NUM_BLOCKS, Engine, config, running, turn
 
 
@@ -355,7 +356,7 @@ def test_a_worker_with_other_weights_ends_the_engine(engine: Engine) -> None:
 
 
 def test_an_address_that_is_taken_is_a_configuration_error(tmp_path: Path) -> None:
-    port = _free_port()
+    port = free_ports(2)
     script = _script(f"tcp://127.0.0.1:{port}", tmp_path)
     first = subprocess.Popen(script)
     try:
@@ -414,16 +415,3 @@ sys.exit(main(config(), INFO, address={address!r}, run_dir=Path({str(run_dir)!r}
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _free_port() -> int:
-    """One whose successor is free too."""
-    for port in range(20000 + os.getpid() % 10000, 60000, 7):
-        try:
-            for offset in (0, 1):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port + offset))
-        except OSError:
-            continue
-        return port
-    raise AssertionError("no free port")

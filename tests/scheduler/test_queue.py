@@ -35,7 +35,7 @@ class QueueMachine(RuleBasedStateMachine):
         key = priority, tenant
         waiting_of = [(r.priority, r.tenant) for r in self.model if r.priority == priority]
         if key not in waiting_of:
-            last = self.levels[self.last[priority]] if priority in self.last else 0.0
+            last = self.levels.get(self.last.get(priority, (-1, "")), 0.0)  # who waited last was not forgotten since
             least = min((self.levels[other] for other in waiting_of), default=last)
             self.levels[key] = max(self.levels.get(key, -inf), least - SAVED)
         request = waiting(self.arrivals, priority, tenant)
@@ -84,6 +84,10 @@ class QueueMachine(RuleBasedStateMachine):
         if all(other.priority != request.priority for other in self.model + self.outside):
             self.levels = {key: level for key, level in self.levels.items() if key[0] != request.priority}
             self.last.pop(request.priority, None)
+        elif tenants := self.queue._tenants.get(request.priority):
+            here = {account.tenant for account in tenants.accounts}
+            for key in [key for key in self.levels if key[0] == request.priority and key[1] not in here]:
+                assert self.levels.pop(key) <= max(self.levels.values()) - LATELY * SAVED, "forgotten too early"
 
     def _choose(self, requests: list[Request], data: st.DataObject) -> Request:
         return requests.pop(data.draw(st.integers(0, len(requests) - 1)))

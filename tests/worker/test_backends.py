@@ -11,6 +11,7 @@ import torch
 from quire.common.config import ModelConfig
 from quire.common.errors import ConfigError
 from quire.common.model_info import read_config
+from quire.worker import loading
 from quire.worker.backends import TORCH, Backend, Capabilities, choose
 from quire.worker.decoder import Decoder
 from quire.worker.loading import load_decoder
@@ -73,7 +74,9 @@ def test_what_is_missing_is_told_for_each_backend(spec: Spec) -> None:
     assert str(error.value).endswith("half lacks dtype float32")
 
 
-def test_everything_is_computed_by_the_backend(checkpoint: Callable[[str], Path]) -> None:
+def test_everything_is_computed_by_the_backend(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that wraps plans in a form of its own and pads to another multiple gives the same ids."""
     path = checkpoint("qwen3")
     called: set[str] = set()
@@ -93,19 +96,12 @@ def test_everything_is_computed_by_the_backend(checkpoint: Callable[[str], Path]
     script = random_script([[5, 9, 200], [7] * 30], 8, seed=1, num_rows=4, block_size=8, num_blocks=20)
     results = []
     for backend in (TORCH, other):
+        monkeypatch.setattr(loading, "choose", lambda *_, chosen=backend: chosen)
         decoder = load_decoder(path, ModelConfig(), Group(), CPU, block_size=8, max_model_len=64)
-        for owner in (decoder, *parts_of(decoder)):
-            owner.backend = backend
         runner = Runner(decoder, num_rows=4, max_len=64, num_blocks=20, block_size=8)
         results.append([runner.launch(plan).read().tokens for plan in script.plans])
     assert results[0] == results[1]
     assert called == set(functions)
-
-
-def parts_of(decoder: Decoder) -> list[Any]:
-    blocks = decoder.blocks
-    norms = [x for b in blocks for x in (b.pre_attn, b.pre_mlp, b.attn.q_norm, b.attn.k_norm)]
-    return [decoder.norm, *norms, *(b.attn for b in blocks), *(b.mlp for b in blocks)]
 
 
 def test_layers_that_differ_in_their_kv_cannot_share_a_cache(spec: Spec) -> None:

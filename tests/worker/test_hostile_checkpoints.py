@@ -33,7 +33,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("hostile")
     return {
         "one file": build_checkpoint("llama", folder / "one"),
-        "shards": build_checkpoint("llama", folder / "many", max_shard_size="60KB"),
+        "shards": build_checkpoint("llama", folder / "many", max_shard_size="100KB"),
     }
 
 

@@ -15,6 +15,8 @@ from quire.worker import meeting, parallel
 from quire.worker.meeting import Folder
 from quire.worker.parallel import Group, PeerLost
 
+from ..ports import free_port
+
 CODE = """
 import sys, time, torch
 from quire.worker.parallel import Group, PeerLost
@@ -43,10 +45,8 @@ group.close()
 
 def test_exchanges_over_tcp() -> None:
     """And a rank that leaves wakes those that wait for it; all meet again at the same address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [subprocess.Popen([sys.executable, "-c", CODE, f"tcp://127.0.0.1:{port}", str(rank)]) for rank in (2, 1, 0)]
+    address = f"tcp://127.0.0.1:{free_port()}"
+    ranks = [subprocess.Popen([sys.executable, "-c", CODE, address, str(rank)]) for rank in (2, 1, 0)]
     try:
         assert [rank.wait(60) for rank in ranks] == [0, 0, 0]
     finally:

@@ -34,7 +34,7 @@ def copy(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_checkpoint("llama", tmp_path_factory.mktemp("sharded"), max_shard_size="60KB")
+    return build_checkpoint("llama", tmp_path_factory.mktemp("sharded"), max_shard_size="100KB")
 
 
 @pytest.fixture
@@ -67,7 +67,8 @@ def refused(path: Path, *words: str) -> None:
 
 def test_shards_are_read_as_one_file_is(copy: Path, sharded: Path) -> None:
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    assert torch.equal(load(copy).blocks[2].mlp.up.weight, load(sharded).blocks[2].mlp.up.weight)
+    one, several = (load(path).blocks[2].mlp.up.apply(torch.eye(48)) for path in (copy, sharded))
+    assert torch.equal(one, several)
 
 
 def test_ranks_read_their_slices(copy: Path) -> None:

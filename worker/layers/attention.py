@@ -2,17 +2,16 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...common.errors import ConfigError
+from ...kernels.rotary import HeadNorms
 from ..backends import Backend
 from ..batch import Batch
 from ..models import spec
-from ..parallel import Group, Part
+from ..parallel import Group, Part, whole
 from ..weights import Loader
 from .linear import ColumnLinear, RowLinear
-from .norm import RmsNorm
 from .rope import Angles
 
 
@@ -53,28 +52,22 @@ class Attention:
         self.spec = attn
         self.backend = backend
         self.layer = layer
-        self.heads = [len(heads.queries.mine), len(heads.kv.mine), len(heads.kv.mine)]
+        self.num_heads, self.num_kv_heads = len(heads.queries.mine), len(heads.kv.mine)
         self.scale = attn.head_dim**-0.5
         self.qkv = ColumnLinear(
-            loader, "attn.qkv", layer, outputs=[queries, kv, kv], inputs=hidden_size, bias=attn.qkv_bias
+            loader, backend, "attn.qkv", layer, outputs=[queries, kv, kv], inputs=hidden_size, bias=attn.qkv_bias
         )
-        self.out = RowLinear(loader, "attn.out", layer, outputs=hidden_size, inputs=queries, bias=attn.out_bias)
-        self.q_norm = self.k_norm = None
+        self.out = RowLinear(
+            loader, backend, "attn.out", layer, outputs=hidden_size, inputs=queries, bias=attn.out_bias
+        )
+        self.norms = None
         if attn.qk_norm:
-            self.q_norm = RmsNorm(attn.qk_norm, loader, backend, "attn.q_norm", layer, attn.head_dim)
-            self.k_norm = RmsNorm(attn.qk_norm, loader, backend, "attn.k_norm", layer, attn.head_dim)
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.heads[1]
+            query, key = (loader.vector(path, layer, [whole(attn.head_dim)]) for path in ("attn.q_norm", "attn.k_norm"))
+            self.norms = HeadNorms(query, key, attn.qk_norm.eps)
 
     def __call__(self, x_td: Tensor, angles: Angles, batch: Batch, cache: Tensor) -> Tensor:
-        qkv = self.qkv(x_td).view(len(x_td), -1, self.spec.head_dim)
-        q, k, v = torch.split(qkv, self.heads, 1)
-        if self.q_norm and self.k_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.backend.rope(q, *angles), self.backend.rope(k, *angles)
-        self.backend.kv_write(k, v, cache, self.layer, batch.slots_t)
+        qkv = self.qkv(x_td)
+        q = self.backend.rotate_and_write(qkv, self.num_heads, angles, self.norms, cache, self.layer, batch.slots_t)
         plan = batch.attention[self.spec.window]
         attended = self.backend.paged_attention(q, cache, self.layer, plan, self.scale)
         return self.out(attended.flatten(1))

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...common.errors import ConfigError
+from ..backends import Backend
 from ..parallel import Part, whole
 from ..weights import Loader
 
@@ -34,11 +35,14 @@ class Embedding:
 class Head:
     """Logits. `tied` is the embedding whose matrix the head shares, if it does."""
 
-    def __init__(self, loader: Loader, vocab_size: int, hidden_size: int, tied: Embedding | None) -> None:
+    def __init__(
+        self, loader: Loader, backend: Backend, vocab_size: int, hidden_size: int, tied: Embedding | None
+    ) -> None:
         self.group = loader.group
-        self.weight = tied.weight if tied else _vocabulary(loader, "head", vocab_size, hidden_size)[1]
+        weight = tied.weight if tied else _vocabulary(loader, "head", vocab_size, hidden_size)[1]
+        self.apply = backend.linear(weight, None)
         self.vocab_size = vocab_size
 
     def __call__(self, x_rd: Tensor) -> Tensor:
         """[r, d] -> [r, v] float32, whole on every rank"""
-        return self.group.gather_columns(F.linear(x_rd, self.weight), self.vocab_size).float()
+        return self.group.gather_columns(self.apply(x_rd), self.vocab_size).float()

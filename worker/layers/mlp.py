@@ -15,8 +15,10 @@ class GatedMLP:
         if not width.mine:
             raise ConfigError(f"--tensor-parallel-size {loader.group.size} is more than the MLP's width of {mlp.width}")
         self.backend = backend
-        self.up = ColumnLinear(loader, "mlp.up", layer, outputs=[width, width], inputs=hidden_size, bias=mlp.bias)
-        self.down = RowLinear(loader, "mlp.down", layer, outputs=hidden_size, inputs=width, bias=mlp.bias)
+        self.up = ColumnLinear(
+            loader, backend, "mlp.up", layer, outputs=[width, width], inputs=hidden_size, bias=mlp.bias
+        )
+        self.down = RowLinear(loader, backend, "mlp.down", layer, outputs=hidden_size, inputs=width, bias=mlp.bias)
 
     def __call__(self, x_td: Tensor) -> Tensor:
         return self.down(self.backend.silu_mul(self.up(x_td)))

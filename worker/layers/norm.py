@@ -14,9 +14,6 @@ class RmsNorm:
         self.weight = loader.vector(path, layer, [whole(size)])
         self.eps = norm.eps
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.backend.rms_norm(x, self.weight, self.eps)
-
     def after_add(self, delta: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of the sum, and the sum."""
         return self.backend.add_rms_norm(delta, residual, self.weight, self.eps)

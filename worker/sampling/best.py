@@ -1,4 +1,4 @@
-"""The likeliest tokens of rows that ask for them, as a beam search does."""
+"""The likeliest tokens of rows that ask for them, as a beam search does, or how likely the one is that was drawn."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.sampling import likeliest
+from ...kernels.sampling import likeliest, logprobs_of
 from ..plan import Ints
 
 
@@ -25,11 +25,16 @@ class Best:
         return ids[wanted].astype("<i4").tobytes(), logprobs[wanted].astype("<f4").tobytes()
 
 
-def best(logits_sv: Tensor, counts: Ints) -> Best | None:
-    """`counts` [s] says how many each row asks for; None when all are 0."""
+def best(logits_sv: Tensor, drawn: Tensor, counts: Ints) -> Best | None:
+    """`counts` [s] says how many each row asks for; None when all are 0. One is that which was `drawn`, of ids [s]."""
     if not counts.any():
         return None
     at = counts.nonzero()[0]
     asked = counts[at]
-    ids, logprobs = likeliest(logits_sv[torch.from_numpy(at).to(logits_sv.device)], int(asked.max()))
+    where = torch.from_numpy(at).to(logits_sv.device)
+    logits, mine = logits_sv[where], drawn[where]
+    ids, logprobs = likeliest(logits, int(asked.max()))
+    single = torch.from_numpy(asked == 1).to(logits_sv.device)
+    ids[:, 0] = torch.where(single, mine, ids[:, 0])
+    logprobs[:, 0] = torch.where(single, logprobs_of(logits, mine), logprobs[:, 0])
     return Best(ids, logprobs, asked)
