@@ -67,7 +67,7 @@ class ParallelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Parallelism"""
 
     tensor_parallel_size: Annotated[int, option("Workers that split each layer between them.", ge=1, le=64, aliases=("tp",), metavar="N")] = 1
-    threads: Annotated[Positive | None, option("CPU threads of each worker. By default the cores divided by the workers.", metavar="N")] = None
+    threads: Annotated[Positive | None, option("CPU threads of each worker. By default the cores divided by the workers, and fewer for a model of few weights.", metavar="N")] = None
     master_addr: Annotated[str | None, option("Address of rank 0, when the workers are on several hosts. By default they meet through a file.", metavar="HOST")] = None
     master_port: Annotated[int, option("Port on --master-addr where the workers meet.", ge=1, le=65535, metavar="PORT")] = 29501
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SLICE_CHARACTERS = 256 << 10  # that are tokenized at once to see whether a long text can fit
-SHORT_CHARACTERS = 1000  # tokenized in a seventh of a millisecond: as long as two threads take to hand it over and back
+SHORT_CHARACTERS = 1000  # tokenized at once, in a seventh of a millisecond: too little to hand to a thread
 THREADS = 2  # rendering and marking are Python, and compete with the event loop; the rest lets go of its lock
 
 

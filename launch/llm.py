@@ -47,12 +47,13 @@ class LLM:
     """An engine of this process' own. Its methods block; call them from one thread or several.
 
     A process that dies is started again, and what runs goes on. Raises ConfigError when the options or the model cannot
-    be served, EngineError when the engine is gone for good. `close`, the end of a `with`, of the object or of the
+    be served, EngineError when the engine is gone for good. Prompts are computed in as large chunks as
+    `max_num_batched_tokens` allows, unless `target_itl` is given. `close`, the end of a `with`, of the object or of the
     program end its processes.
     """
 
     def __init__(self, model: str = "demo", **options: Any) -> None:
-        config = _configuration(model, options)
+        config = _configuration(model, {"target_itl": 0.0, **options})  # nobody watches these tokens come
         report = report_on(sys.stderr) if sys.stderr.isatty() else None
         self._engine = LocalEngine(config, report.show if report else lambda _: None)
         self._close = weakref.finalize(self, self._engine.close)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # being idle or shared with two busy processes: 3,280 or 57 spinning for long, 2,070 or 1,109 sleeping at once,
         # 2,454 or 1,328 after a thousand spins.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
         with importing():
             from quire.worker.process import main as worker  # noqa: PLC0415 (after the lifeline is held: torch takes seconds)

@@ -1,5 +1,6 @@
 """From an engine's options to a decoder with its weights, on its device."""
 
+import ctypes
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,9 @@ from .models import spec as models
 from .parallel import Group
 from .weights import DTYPES, Checkpoint, Loader, OnBytes, RandomWeights, Source, some
 
+WEIGHTS_OF_A_THREAD = 8_000_000  # below it a second thread gained about a tenth alone, and cost half under load
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+
 
 def pick_device(wanted: str, rank: int) -> torch.device:
     """`wanted` is auto, cpu or cuda; ranks of one host take its GPUs in turn. ConfigError when there is no GPU."""
@@ -28,9 +32,22 @@ def pick_device(wanted: str, rank: int) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count()) if wanted == "cuda" else torch.device("cpu")
 
 
-def set_threads(config: EngineConfig) -> None:
+def num_threads(config: EngineConfig, model: models.Decoder, num_cores: int) -> int:
+    """Of a worker's share of `num_cores` as many as have enough to do. Threads meet some hundred times in a step: those of a
+    small model would wait for each other, and keep the cores from the processes around them."""
+    share = max(1, num_cores // config.parallel.tensor_parallel_size)
+    return config.parallel.threads or min(share, max(1, model.num_weights // WEIGHTS_OF_A_THREAD))
+
+
+def prepare_host(config: EngineConfig, path: Path) -> None:
+    """Set up threads and memory of this process for the model at `path`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(config.parallel.threads or max(1, cores // config.parallel.tensor_parallel_size))
+    torch.set_num_threads(num_threads(config, build(read_config(path)), cores))
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc gives memory above a threshold back to the system at once: a prefill step of 4,096 tokens then took 1.2
+        # times as long, for the pages of its large tensors, taken anew for every layer.
+        for option, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):
+            libc.mallopt(option, value)
 
 
 def load_decoder(

@@ -46,7 +46,7 @@ from . import failures, kv_cache
 from .decoder import Decoder
 from .failures import OutOfMemory, StepFailed
 from .kv_store import KvFile, host_bytes
-from .loading import load_decoder, pick_device, set_threads
+from .loading import load_decoder, pick_device, prepare_host
 from .parallel import MEETING_S, Group, PeerLost
 from .plan import PlanError
 from .runner import Pending, Runner, peak_bytes
@@ -237,7 +237,7 @@ class Worker:
             raise ConfigError(f"{path}: {error}") from None
         if found != welcome.model.fingerprint:
             raise ConfigError(f"{path}: this is not the checkpoint that the scheduler sees; compare the files")
-        set_threads(config)
+        prepare_host(config, path)
         device = pick_device(self.device or config.model.device, self.rank)
         return Group(self.rank, config.parallel.tensor_parallel_size, device)
 

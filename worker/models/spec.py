@@ -91,3 +91,9 @@ class Decoder:
     def windows(self) -> tuple[int | None, ...]:
         """The different windows of the layers."""
         return tuple(dict.fromkeys(layer.attn.window for layer in self.layers))
+
+    @property
+    def num_weights(self) -> int:
+        """Of the matrices; the embedding's counts once more as the head's, where it is multiplied."""
+        heads = sum((2 * x.attn.num_heads + 2 * x.attn.num_kv_heads) * x.attn.head_dim for x in self.layers)
+        return self.hidden_size * (heads + sum(3 * x.mlp.width for x in self.layers) + self.vocab_size)
