@@ -4,6 +4,7 @@ Order, where it matters vLLM's: bias, penalties, bans, temperature, min-p, top-k
 penalty multiplies or divides by the sign of the logit, so bias comes before it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -75,15 +76,23 @@ class Draws:
         return Draws(**{field.name: taken(getattr(self, field.name)) for field in fields(self)})
 
 
-def sample(logits_sv: Tensor, draws: Draws, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def largest(logits_sv: Tensor) -> tuple[Tensor, Tensor]:
+    """The first largest of each row [s] int64, and which rows hold NaN [s] bool; the id of such a row is any."""
+    ids = logits_sv.argmax(-1)
+    return ids, logits_sv.gather(1, ids[:, None])[:, 0].isnan()  # argmax takes NaN for the largest
+
+
+Largest = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def sample(logits_sv: Tensor, draws: Draws, tokens: Tensor, largest: Largest = largest) -> tuple[Tensor, Tensor]:
     """Ids [s] int64, and which rows hold NaN [s] bool (their id is 0); both on the device.
 
     `logits_sv` float32 is left as it is; `tokens` [rows, length] int32 are the tokens of all rows;
     behind a row's own may stand any others. Work is done only for the rows that ask for it: an all-greedy step is
     one argmax.
     """
-    ids = logits_sv.argmax(-1)
-    faulty = logits_sv.gather(1, ids[:, None])[:, 0].isnan()  # argmax takes NaN for the largest
+    ids, faulty = largest(logits_sv)
     if (touched := draws.adjusted | draws.random).any():
         at = _indices(touched, logits_sv)
         ids[at] = _choose(logits_sv[at], draws.take(touched), tokens)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from ..kernels.cpu import activation, linear, paged_attention, pool, rms_norm, rotary
+from ..kernels import sampling as reference
+from ..kernels.cpu import activation, linear, paged_attention, pool, rms_norm, rotary, sampling
 from .backends import TORCH, Backend, Capabilities
 
 
@@ -33,13 +35,14 @@ def backends() -> tuple[Backend, ...]:
             rotate_and_write=rotary.rotate_and_write,
             add_rms_norm=rms_norm.add_rms_norm,
             silu_mul=activation.silu_mul,
+            sample=partial(reference.sample, largest=sampling.largest),
             prepare=prepare,
         ),
     )
 
 
 def prepare(dtype: torch.dtype, between: Callable[[], None]) -> None:
-    for kernels in (rms_norm.KERNELS, rotary.KERNELS, activation.KERNELS, paged_attention.KERNELS):
+    for kernels in (rms_norm.KERNELS, rotary.KERNELS, activation.KERNELS, paged_attention.KERNELS, sampling.KERNELS):
         for kernel in kernels[dtype]:
             between()
             kernel.compile()

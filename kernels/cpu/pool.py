@@ -5,6 +5,7 @@ the same cores; so the kernels enter the OpenMP runtime that torch has loaded, w
 a time. A kernel is a number of tasks; whichever thread is free takes the next from a counter.
 """
 
+import contextlib
 import ctypes
 import struct
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from .vectors import BFLOATS, FLOATS, INT32S, INTS
 MAX_ARGS = 32
 PIECES = 4  # for each thread: who is late takes fewer
 REGION = types.void(INTS)
-RUNTIME = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # finds the OpenMP that it was linked with
+LIBRARY = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # finds the OpenMP that it was linked with
 
 # Positions in what a kernel is given, before its own arguments.
 _NEXT, _TASKS, _THREAD = range(3)
@@ -118,12 +119,15 @@ class Kernel:
             return
         try:
             self._compiled = cfunc(REGION, cache=True, error_model="numpy")(self._region)
-        except RuntimeError:  # no folder to keep it in
+        except Exception:  # noqa: BLE001 (a folder that is absent, full or damaged; what is wrong with the code is told below)
             self._compiled = cfunc(REGION, error_model="numpy")(self._region)
         self._entry = self._compiled.address
 
     def __call__(self, tasks: int, *args: int) -> None:
-        """Run all tasks; `args` are integers and addresses, in the order in which the region expects them from `OWN` on."""
+        """Run all tasks; `args` are integers and addresses, in the order in which the region expects them from `OWN` on. Not
+        for two threads of Python at once."""
+        if not tasks:
+            return
         self.compile()
         struct.pack_into(f"{OWN + len(args)}q", self._args, 0, 0, tasks, 0, *args)
         _parallel(self._entry, self._at, min(tasks, torch.get_num_threads()), 0)
@@ -131,13 +135,13 @@ class Kernel:
 
 def _runtime() -> Any:
     """Of torch: `GOMP_parallel(function, argument, threads, flags)`; None where torch has another runtime."""
-    try:
-        function = ctypes.PyDLL(str(RUNTIME)).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    function.restype = None
-    return function
+    for library in (None, str(LIBRARY)):  # one that was preloaded serves torch, too
+        with contextlib.suppress(OSError, AttributeError):
+            function = ctypes.PyDLL(library).GOMP_parallel
+            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            function.restype = None
+            return function
+    return None
 
 
 _parallel = _runtime()

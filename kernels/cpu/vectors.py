@@ -256,6 +256,18 @@ def largest(typing: Any, value: Any) -> Any:
     return types.float32(vector), generate
 
 
+@intrinsic
+def first_equal(typing: Any, value: Any, scalar: Any) -> Any:
+    """The first lane that equals the scalar; LANES if none does."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i16, i64 = ir.IntType(16), ir.IntType(64)
+        equal = builder.bitcast(builder.fcmp_ordered("==", args[0], splatted(builder, args[1])), i16)
+        return builder.zext(builder.cttz(equal, ir.Constant(ir.IntType(1), 0)), i64)
+
+    return types.int64(vector, types.float32), generate
+
+
 _LOG2_E = 1.44269504088896341
 _LN2_HIGH = -0.693359375  # exact in few bits, so that n times it is exact
 _LN2_LOW = 2.12194440e-4

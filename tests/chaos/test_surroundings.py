@@ -82,7 +82,8 @@ def test_two_engines_on_one_host(engine: Engine) -> None:
             for process in other.tree()[1:]:
                 process.kill()
             engine.check_records(crowd.join())
-        wait_until(lambda: other.complete("x", max_tokens=1) is not None, BACK_S)
+        wait_until(lambda: other.http.get("/ready").status_code == 200, BACK_S)
+        assert other.complete("x", max_tokens=1)
     assert engine.tree() == parts
     engine.check()
 

@@ -171,12 +171,13 @@ def test_hellos_are_paced_and_not_said_after_the_welcome(scheduler: FakeSchedule
 
     async def main() -> None:
         async with connected(scheduler) as client:
+            scheduler.delay_s = 0.005
             stream = submit(client, max_tokens=100)
+            await until(lambda: len(stream.output) > 5)
             await asyncio.to_thread(scheduler.do, ask_often)
             assert await ids(stream) == expected(max_tokens=100)
             num_hellos, num_submits = len(scheduler.hellos), len(scheduler.submits)
             assert num_hellos < 30 and num_submits == 2
-            scheduler.delay_s = 0.005
             stream = submit(client)
             await until(lambda: len(stream.output) > 5)
             client._link._put(scheduler.hellos[0])  # one that was due when the Welcome came

@@ -1,12 +1,19 @@
 """What a CPU computes between attentions, against float64: odd widths, every rounding at the end, bits of a row alone."""
 
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from quire.kernels import rotary as reference
-from quire.kernels.cpu import activation, linear, rms_norm, rotary
+from quire.kernels.cpu import activation, linear, rms_norm, rotary, sampling
 from quire.kernels.cpu.vectors import LANES
+from quire.worker.backends import Requirements, available
+from quire.worker.cpu import backends
 
 from .test_paged_attention import with_lanes
 
@@ -109,11 +116,27 @@ def in_float64(
     return turned(q, norms.query if norms else None)
 
 
+@pytest.mark.parametrize("width", [3, 16, 17, 331, 4096])
+def test_the_first_largest_of_each_row(width: int) -> None:
+    """Ties and infinities among them; a row with NaN is told, wherever it is, and no other."""
+    x = torch.randint(-5, 6, (60, width)).float()
+    x[:20] = torch.randn(20, width)
+    x[50], x[51, width // 2], x[52, -1] = -torch.inf, torch.inf, 100.0
+    ids, faulty = sampling.largest(x)
+    assert torch.equal(ids, x.argmax(-1))
+    assert not faulty.any()
+    x[7, 0] = x[8, -1] = x[9, width // 2] = x[50, 1] = torch.nan
+    told = sampling.largest(x)
+    assert told[1].nonzero()[:, 0].tolist() == [7, 8, 9, 50]
+    assert torch.equal(told[0][~told[1]], ids[~told[1]])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("inputs", "outputs"), [(48, 80), (576, 960), (81, 331), (1536, 64)])
 def test_a_rows_product_is_the_same_bits_among_any_others(inputs: int, outputs: int, dtype: torch.dtype) -> None:
     if not linear.is_supported(dtype):
-        pytest.fail(f"this machine's torch has no oneDNN for {dtype}")
+        assert not any(dtype in backend.supports.dtypes for backend in backends())
+        return
     weight, bias, x = (
         torch.randn(outputs, inputs).to(dtype),
         torch.randn(outputs).to(dtype),
@@ -126,3 +149,50 @@ def test_a_rows_product_is_the_same_bits_among_any_others(inputs: int, outputs: 
     assert ((whole.double() - want).abs() <= bound).all()  # of a sum in float32, in any order, rounded once
     for rows in (4, 8, 12, 32, 36, 64, 100, 256, 516):
         assert torch.equal(apply(x[:rows].clone()), whole[:rows])
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({}, "numba"),
+        ({"dtype": torch.float16}, "torch"),
+        ({"head_dim": 80}, "torch"),
+        ({"block_size": 8}, "torch"),
+    ],
+)
+def test_who_computes_what(asked: dict[str, Any], name: str) -> None:
+    needs = {"dtype": torch.float32, "head_dim": 64, "block_size": 16, **asked}
+    required = Requirements(
+        device="cpu",
+        dtype=needs["dtype"],
+        head_dims=frozenset({needs["head_dim"]}),
+        block_size=needs["block_size"],
+        windows=True,
+    )
+    able = [backend.name for backend in available(torch.device("cpu")) if not required.unmet(backend.supports)]
+    assert able[0] == name
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "none", "no folder"])
+def test_compiled_code_that_cannot_be_read_is_compiled_again(damage: str, tmp_path: Path) -> None:
+    """In a process of its own each: what was kept, what has become of it, or nowhere to keep it."""
+    code = """
+import sys, numba
+numba.config.CACHE_DIR = sys.argv[1]
+import torch
+from quire.kernels.cpu import sampling
+assert sampling.largest(torch.arange(64.0).view(2, 32))[0].tolist() == [31, 31]
+"""
+    folder = tmp_path / "kept"
+
+    def run() -> None:
+        subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=60)
+
+    if damage == "no folder":
+        folder.write_text("a file is in its place")
+    else:
+        run()
+        (data,) = folder.rglob("*.nbc")
+        content = data.read_bytes()
+        data.write_bytes({"truncated": content[:99], "emptied": b"", "none": content}[damage])
+    run()

@@ -122,11 +122,18 @@ def test_several_ranks(
         check(path, oracle(path), script, json.loads((tmp_path / f"{name}.tokens").read_text()), logits)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-odd", "qwen3", "mistral-window"])
-def test_a_requests_logits_are_the_same_bits_in_any_company(checkpoint: Callable[[str], Path], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "float32") for name in ("llama", "llama-odd", "qwen3", "mistral-window")] + [("qwen3", "bfloat16")],
+)
+def test_a_requests_logits_are_the_same_bits_in_any_company(
+    checkpoint: Callable[[str], Path], name: str, dtype: str
+) -> None:
     """Alone or among others, however its prompt is cut, with a shared prefix or without."""
     path = checkpoint(name)
-    runner = make_runner(path, CONFIG, MAX_LEN, NUM_BLOCKS, Group())
+    runner = make_runner(
+        path, msgspec.structs.replace(CONFIG, model=ModelConfig(dtype=dtype)), MAX_LEN, NUM_BLOCKS, Group()
+    )
     together = script_for(path, 1)
     expected = by_sequence(together, replay(runner, together.plans)[1])
     for i, prompt in enumerate(prompts(path)):
