@@ -18,7 +18,7 @@ def silu_mul(x: Tensor) -> Tensor:
     if width < LANES:
         return reference.silu_mul(x)
     out = x.new_empty(count, width)
-    tasks, each = pieces(count)
+    tasks, each = pieces(count, width)
     KERNELS[x.dtype][0](tasks, count, each, width, x.data_ptr(), out.data_ptr())
     return out
 

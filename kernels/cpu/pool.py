@@ -22,6 +22,7 @@ from .vectors import BFLOATS, FLOATS, INT32S, INTS
 
 MAX_ARGS = 32
 PIECES = 4  # for each thread: who is late takes fewer
+ENOUGH = 8192  # elements that are worth a task: a thread computes them in the time that it takes to wake another
 REGION = types.void(INTS)
 LIBRARY = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # finds the OpenMP that it was linked with
 
@@ -95,9 +96,9 @@ def bits_of(number: float) -> int:
     return bits
 
 
-def pieces(num_rows: int) -> tuple[int, int]:
-    """Into how many tasks rows are divided, and how many rows each has."""
-    each = max(1, -(-num_rows // (PIECES * torch.get_num_threads())))
+def pieces(num_rows: int, width: int) -> tuple[int, int]:
+    """Into how many tasks rows of so many elements are divided, and how many rows each has."""
+    each = max(-(-num_rows // (PIECES * torch.get_num_threads())), -(-ENOUGH // width))
     return -(-num_rows // each), each
 
 
@@ -111,6 +112,7 @@ class Kernel:
         self._args = (ctypes.c_int64 * MAX_ARGS)()
         self._at = ctypes.addressof(self._args)
         self._entry = 0
+        self._alone: Any = None  # the entry, for this thread to call
         self._compiled: Any = None
 
     def compile(self) -> None:
@@ -122,6 +124,7 @@ class Kernel:
         except Exception:  # noqa: BLE001 (a folder that is absent, full or damaged; what is wrong with the code is told below)
             self._compiled = cfunc(REGION, error_model="numpy")(self._region)
         self._entry = self._compiled.address
+        self._alone = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(self._entry)
 
     def __call__(self, tasks: int, *args: int) -> None:
         """Run all tasks; `args` are integers and addresses, in the order in which the region expects them from `OWN` on. Not
@@ -130,7 +133,11 @@ class Kernel:
             return
         self.compile()
         struct.pack_into(f"{OWN + len(args)}q", self._args, 0, 0, tasks, 0, *args)
-        _parallel(self._entry, self._at, min(tasks, torch.get_num_threads()), 0)
+        threads = min(tasks, torch.get_num_threads())
+        if threads == 1:
+            self._alone(self._at)
+        else:
+            _parallel(self._entry, self._at, threads, 0)
 
 
 def _runtime() -> Any:

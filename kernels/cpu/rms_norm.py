@@ -19,7 +19,7 @@ def add_rms_norm(delta: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
     if width < LANES:
         return reference.add_rms_norm(delta, residual, weight, eps)
     out, summed = torch.empty_like(delta), torch.empty_like(delta)
-    tasks, each = pieces(count)
+    tasks, each = pieces(count, width)
     KERNELS[delta.dtype][0](
         tasks, count, each, width, delta.data_ptr(), weight.data_ptr(), bits_of(eps), out.data_ptr(),
         residual.data_ptr(), summed.data_ptr(),

@@ -27,7 +27,7 @@ def rotate_and_write(
     _, num_layers, _, num_kv, block_slots, head_dim = cache.shape
     q = qkv.new_empty(len(qkv), num_heads, head_dim)
     weights = (norms.query.data_ptr(), norms.key.data_ptr(), bits_of(norms.eps)) if norms else (0, 0, 0)
-    tasks, each = pieces(len(qkv))
+    tasks, each = pieces(len(qkv), qkv.shape[1])
     KERNELS[qkv.dtype][0](
         tasks, len(qkv), each, head_dim, qkv.data_ptr(), angles[0].data_ptr(), angles[1].data_ptr(), *weights,
         cache.data_ptr(), slots_t.data_ptr(), q.data_ptr(), num_heads, num_kv, block_slots, num_layers, layer,
