@@ -96,12 +96,13 @@ def paged_attention(q_tnh: Tensor, cache: Tensor, layer: int, plan: AttentionPla
     out = torch.zeros_like(q_tnh)
     partials = torch.empty(plan.num_partials * num_heads, head_dim + 2)
     scratch = torch.empty(torch.get_num_threads(), QUERIES * num_heads // num_kv * (ROW + 3 * head_dim + 4))
+    places = torch.empty(torch.get_num_threads(), SPLIT // LANES, dtype=torch.int64)
     attend, merge = KERNELS[q_tnh.dtype]
     attend(
         len(plan.items) * num_kv,
         q_tnh.data_ptr(), out.data_ptr(), cache.data_ptr(), plan.items.ctypes.data, plan.tables.ctypes.data,
         partials.data_ptr(), scratch.data_ptr(), scratch.shape[1], plan.tables.shape[1], bits_of(scale),
-        num_heads, num_kv, head_dim, block_slots, num_layers, layer, plan.window,
+        num_heads, num_kv, head_dim, block_slots, num_layers, layer, plan.window, places.data_ptr(),
     )  # fmt: skip
     if plan.num_partials:
         merge(
@@ -114,11 +115,11 @@ def paged_attention(q_tnh: Tensor, cache: Tensor, layer: int, plan: AttentionPla
 
 # What `attend` is given, in order.
 Q, OUT, CACHE, ITEMS, TABLES, PARTIALS, SCRATCH, SCRATCH_SIZE, TABLE_WIDTH, SCALE = range(OWN, OWN + 10)
-NUM_HEADS, NUM_KV, HEAD_DIM, BLOCK_SLOTS, NUM_LAYERS, LAYER, WINDOW = range(OWN + 10, OWN + 17)
+NUM_HEADS, NUM_KV, HEAD_DIM, BLOCK_SLOTS, NUM_LAYERS, LAYER, WINDOW, PLACES = range(OWN + 10, OWN + 18)
 
 
 @njit(error_model="numpy")
-def _tile(task, args, scratch, memory):
+def _tile(task, args, scratch, places, memory):
     """The queries of one item, for one KV head."""
     num_heads, num_kv, head_dim = args[NUM_HEADS], args[NUM_KV], args[HEAD_DIM]
     window, group = args[WINDOW], num_heads // num_kv
@@ -139,13 +140,14 @@ def _tile(task, args, scratch, memory):
         start = split * SPLIT
         stop = min(SPLIT, position + item[1] - start)
         low = max(0, position - window + 1 - start) if window else 0
-        _scores(queries, rows, table, start, low, stop, head, args, memory, scratch)
+        _find(table, start, low, stop, head, args, places)
+        _scores(queries, rows, places, low, stop, args, memory, scratch)
         for i in range(rows):
             at = position + i // group - start
             end = max(0, min(stop, at + 1))
             begin = min(end, max(0, at - window + 1)) if window else 0
             bests[i], sums[i] = _softmax(shifted(scratch, i * ROW), begin, end, low // LANES * LANES, stop)
-        _weigh(scratch, rows, table, start, low, stop, head, args, memory, part)
+        _weigh(scratch, rows, places, low, stop, args, memory, part)
         if partial < 0:
             for i in range(rows):
                 at = i * head_dim
@@ -163,46 +165,42 @@ def _tile(task, args, scratch, memory):
 
 
 @njit(error_model="numpy")
-def _scores(queries, rows, table, start, low, stop, head, args, memory, to):
-    """Of all rows and the slots from `start` on that are in [low, stop), a row of ROW each."""
-    head_dim, cache = args[HEAD_DIM], alike(args[CACHE], memory)
-    for c in range(low // LANES * LANES, stop, 2 * LANES):
-        left = _keys(cache, table, start + c, args, head)
-        right = left  # computed for nothing when there is no other
-        for ahead in range(c, min(stop, c + 4 * LANES), LANES):
-            if ahead < c + 2 * LANES:
-                _prefetch(_values(cache, table, start + ahead, args, head), head_dim)
-            else:
-                _prefetch(_keys(cache, table, start + ahead, args, head), head_dim)
-        if c + LANES < stop:
-            right = _keys(cache, table, start + c + LANES, args, head)
-        panel(rows, head_dim, queries, head_dim, left, right, LANES, shifted(to, c), ROW)
-
-
-@njit(error_model="numpy")
-def _weigh(weights, rows, table, start, low, stop, head, args, memory, to):
-    """The values of the same slots, weighed and added up."""
-    head_dim, cache = args[HEAD_DIM], alike(args[CACHE], memory)
-    _zero(to, rows * head_dim)
-    for c in range(low // LANES * LANES, stop, LANES):
-        begin, end = max(c, low), min(c + LANES, stop)
-        values = _values(cache, table, start + begin, args, head)
-        for d in range(0, head_dim, 2 * LANES):
-            add_panel(rows, end - begin, shifted(weights, begin), ROW, shifted(values, d), head_dim, shifted(to, d))
-
-
-@njit(error_model="numpy")
-def _keys(cache, table, slot, args, head):
-    """Of LANES slots from `slot` on, one vector for each coordinate."""
+def _find(table, start, low, stop, head, args, places):
+    """Where in the cache the keys of each LANES slots are, of those from `start` on that are in [low, stop)."""
     block_slots, num_kv = args[BLOCK_SLOTS], args[NUM_KV]
-    layer = table[slot // block_slots] * args[NUM_LAYERS] + args[LAYER]
-    return shifted(cache, ((layer * 2 * num_kv + head) * block_slots + slot % block_slots) * args[HEAD_DIM])
+    for i in range(low // LANES, (stop + LANES - 1) // LANES):
+        slot = start + i * LANES
+        block = slot // block_slots
+        layer = table[block] * args[NUM_LAYERS] + args[LAYER]
+        places[i] = ((layer * 2 * num_kv + head) * block_slots + slot - block * block_slots) * args[HEAD_DIM]
 
 
 @njit(error_model="numpy")
-def _values(cache, table, slot, args, head):
-    """Of the slots from `slot` to the end of its block, a row each."""
-    return _keys(cache, table, slot, args, args[NUM_KV] + head)
+def _scores(queries, rows, places, low, stop, args, memory, to):
+    """Of all rows and those slots, a row of ROW each."""
+    head_dim, cache = args[HEAD_DIM], alike(args[CACHE], memory)
+    values = shifted(cache, args[NUM_KV] * args[BLOCK_SLOTS] * head_dim)
+    last = (stop - 1) // LANES
+    for i in range(low // LANES, last + 1, 2):
+        second = min(i + 1, last)  # the first once more, for nothing, when there is no other
+        for ahead in range(i + 2, min(i + 4, last + 1)):
+            _prefetch(shifted(cache, places[ahead]), head_dim)
+        _prefetch(shifted(values, places[i]), head_dim)
+        _prefetch(shifted(values, places[second]), head_dim)
+        left, right = shifted(cache, places[i]), shifted(cache, places[second])
+        panel(rows, head_dim, queries, head_dim, left, right, LANES, shifted(to, i * LANES), ROW)
+
+
+@njit(error_model="numpy")
+def _weigh(weights, rows, places, low, stop, args, memory, to):
+    """The values of the same slots, weighed and added up."""
+    head_dim = args[HEAD_DIM]
+    values = shifted(alike(args[CACHE], memory), args[NUM_KV] * args[BLOCK_SLOTS] * head_dim)
+    _zero(to, rows * head_dim)
+    for i in range(low // LANES, (stop + LANES - 1) // LANES):
+        begin, end = max(i * LANES, low), min((i + 1) * LANES, stop)
+        at = shifted(values, places[i] + (begin - i * LANES) * head_dim)
+        add_panel(rows, end - begin, shifted(weights, begin), ROW, at, head_dim, to)
 
 
 @njit(error_model="numpy")
@@ -286,10 +284,12 @@ def _row(task, args, scratch, memory):
 
 @njit(error_model="numpy")
 def _attend(args, memory):
-    scratch = shifted(floats(args[SCRATCH]), thread_number(args) * args[SCRATCH_SIZE])
+    thread = thread_number(args)
+    scratch = shifted(floats(args[SCRATCH]), thread * args[SCRATCH_SIZE])
+    places = shifted(ints(args[PLACES]), thread * (SPLIT // LANES))
     task = next_task(args)
     while task >= 0:
-        _tile(task, args, scratch, memory)
+        _tile(task, args, scratch, places, memory)
         task = next_task(args)
 
 
