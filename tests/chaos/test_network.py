@@ -77,7 +77,8 @@ class Parts:
         values = {
             line.partition("{")[0]: float(line.split()[-1]) for line in lines if line and not line.startswith("#")
         }
-        return values["quire:kv_blocks_free"] == values["quire:kv_blocks"] and not values["vllm:num_requests_running"]
+        free = values.get("quire:kv_blocks_free")  # None while the workers form another group
+        return free is not None and free == values["quire:kv_blocks"] and not values["vllm:num_requests_running"]
 
 
 @contextlib.contextmanager
