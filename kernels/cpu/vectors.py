@@ -146,17 +146,6 @@ def splatted(builder: Any, scalar: Any) -> Any:
 
 
 @intrinsic
-def count_from(typing: Any, first: Any) -> Any:
-    """first, first + 1, ... as float32; exact up to 2^24."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        steps = ir.Constant(_VF, [float(i) for i in range(LANES)])
-        return builder.fadd(splatted(builder, builder.sitofp(args[0], _F32)), steps)
-
-    return vector(types.int64), generate
-
-
-@intrinsic
 def within(typing: Any, value: Any, low: Any, high: Any, otherwise: Any) -> Any:
     """Lane i of `value` where low <= i < high, `otherwise` elsewhere."""
 
