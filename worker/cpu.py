@@ -28,7 +28,6 @@ def backends() -> tuple[Backend, ...]:
                 windows=True,
             ),
             kv_layout="lanes",
-            row_multiple=4,
             linear=linear.linear,
             plan_attention=paged_attention.plan_attention,
             paged_attention=paged_attention.paged_attention,
