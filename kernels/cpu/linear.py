@@ -1,7 +1,7 @@
 """x W^T + b by oneDNN, whose order of the matrix is made once: the signature of `kernels/linear.py`.
 
 Against torch's own product, which reorders a bfloat16 matrix at each call and leaves float32 to MKL, one step of a
-135 M-parameter model takes 0.7 (1 row) to 0.97 (2048 rows) of the time in bfloat16, 0.4 to 0.5 in float32 (AMD, 2 cores).
+135 M-parameter model takes 0.7 (1 row) to 0.97 (2048 rows) of the time in bfloat16, 0.3 to 0.6 in float32 (AMD, 2 cores).
 From 2 rows on a row's bits do not depend on how many rows there are.
 """
 
