@@ -12,7 +12,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_FRAME_BYTES = 64 << 20
 
 assert sys.byteorder == "little" and array("i").itemsize == 4, "the wire's columns are little-endian int32"
