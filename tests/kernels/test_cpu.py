@@ -181,18 +181,19 @@ import sys, numba
 numba.config.CACHE_DIR = sys.argv[1]
 import torch
 from quire.kernels.cpu import sampling
-assert sampling.largest(torch.arange(64.0).view(2, 32))[0].tolist() == [31, 31]
+print(sampling.largest(torch.arange(64.0).view(2, 32))[0].tolist())
 """
     folder = tmp_path / "kept"
 
-    def run() -> None:
-        subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=60)
+    def run() -> str:
+        command = [sys.executable, "-c", code, str(folder)]
+        return subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stdout
 
     if damage == "no folder":
         folder.write_text("a file is in its place")
     else:
-        run()
+        assert run() == "[31, 31]\n"
         (data,) = folder.rglob("*.nbc")
         content = data.read_bytes()
         data.write_bytes({"truncated": content[:99], "emptied": b"", "none": content}[damage])
-    run()
+    assert run() == "[31, 31]\n"
